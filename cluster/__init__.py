@@ -1,0 +1,1 @@
+"""The `secateur` command, and what runs `pipeline` over many machines."""

@@ -1,0 +1,1 @@
+"""Prune a checkpoint on one machine: methods, streaming, transactions. Imports no Ray."""

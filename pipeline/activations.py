@@ -1,0 +1,49 @@
+"""Hidden states of all calibration sequences at one boundary between blocks, kept in host memory."""
+
+from collections.abc import Iterator
+
+import torch
+
+from pipeline.errors import NumericsError
+
+
+class Boundary:
+    """One preallocated hidden_NTD (N sequences, T tokens, D features) in the compute dtype, read and written by batch."""
+
+    def __init__(self, num_sequences: int, num_tokens: int, num_features: int, dtype: torch.dtype) -> None:
+        self.hidden_NTD = torch.empty(num_sequences, num_tokens, num_features, dtype=dtype)
+
+    @classmethod
+    def copy_of(cls, other: "Boundary") -> "Boundary":
+        """Return an independent boundary with the same hidden states."""
+        copy = cls(*other.hidden_NTD.shape, other.hidden_NTD.dtype)
+        copy.hidden_NTD.copy_(other.hidden_NTD)
+        return copy
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences held."""
+        return self.hidden_NTD.shape[0]
+
+    def batches(self, size: int) -> Iterator[slice]:
+        """Split the sequences into consecutive batches of at most `size`."""
+        return batches(self.num_sequences, size)
+
+    def read(self, sequences: slice, device: torch.device) -> torch.Tensor:
+        """Return hidden_BTD of some sequences on a device."""
+        return self.hidden_NTD[sequences].to(device)
+
+    def write(self, sequences: slice, hidden_BTD: torch.Tensor, where: str) -> None:
+        """Store hidden_BTD; raises NumericsError naming `where` when it holds NaN or Inf."""
+        if not hidden_BTD.isfinite().all():
+            raise NumericsError(
+                f"hidden states after {where} hold NaN or Inf; they cannot go on to the next block. Compute in "
+                "float32 (`compute.dtype: float32`), or check the model with `secateur evaluate`"
+            )
+        self.hidden_NTD[sequences].copy_(hidden_BTD)
+
+
+def batches(num_sequences: int, size: int) -> Iterator[slice]:
+    """Split a number of sequences into consecutive slices of at most `size`."""
+    for start in range(0, num_sequences, size):
+        yield slice(start, min(start + size, num_sequences))

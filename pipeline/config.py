@@ -1,0 +1,200 @@
+"""One run as a validated value: YAML in, every problem out at once, each with its key path."""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from pipeline.calibration import CalibrationConfig
+from pipeline.errors import ConfigError
+from pipeline.recipe import Recipe, parse_recipe
+from pipeline.sources import SourceField
+from pipeline.sparsity import Sparsity, parse_sparsity
+
+
+class Section(BaseModel):
+    """Part of a configuration: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """Which model to prune."""
+
+    path: Path | None = None
+    """A model directory."""
+
+    hub: str | None = None
+    """A model on the Hugging Face hub, `org/name`."""
+
+    revision: str = "main"
+    """Hub revision; a commit hash makes the run reproducible."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Self:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("give either `path` (a directory) or `hub` (org/name), not both and not neither")
+        return self
+
+
+class PruneConfig(Section):
+    """How much to prune, and how."""
+
+    sparsity: float | str = 0.5
+    """Fraction of block weights removed, or KEPT:GROUP such as 2:4."""
+
+    recipe: tuple[str | dict[str, Any], ...] = ("besa",)
+    """Steps in order: names, or `name: {options}`."""
+
+    skip: tuple[str, ...] = ()
+    """Linears left dense: names within the block, `*` allowed, such as `mlp.down_proj`."""
+
+    @model_validator(mode="after")
+    def _parses(self) -> Self:
+        if self.target == parse_sparsity(0):
+            raise ValueError("sparsity is 0; the fraction removed must be above 0 and below 1")
+        parse_recipe(self.recipe, self.target)
+        return self
+
+    @property
+    def target(self) -> Sparsity:
+        """The asked sparsity as a value."""
+        return parse_sparsity(self.sparsity)
+
+    @property
+    def steps(self) -> Recipe:
+        """The recipe as checked steps."""
+        return parse_recipe(self.recipe, self.target)
+
+
+class ComputeConfig(Section):
+    """Where and in what precision blocks run."""
+
+    device: str = "auto"
+    """`auto` (the accelerator if there is one), `cpu`, `cuda`, `cuda:1`, …"""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """`auto`: the checkpoint's dtype on an accelerator, float32 on a CPU."""
+
+    batch: int = Field(default=4, ge=1)
+    """Sequences that go through a block at a time."""
+
+
+class EvaluateConfig(Section):
+    """Perplexity before and after, on text of its own."""
+
+    source: SourceField = "embedded"
+    """Text to evaluate on; `text: FILE` may stand here directly."""
+
+    take: Literal["first", "last"] = "first"
+    """Which end of the text the windows come from; `last` holds them out of a calibration that starts at the first."""
+
+    sequence_length: int = Field(default=512, ge=2)
+    """Tokens per window."""
+
+    windows: int | None = Field(default=None, ge=1)
+    """Windows to evaluate; all of the text when absent."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_text(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "text" in value and "source" not in value:
+            rest = {key: item for key, item in value.items() if key != "text"}
+            return {"source": {"text": value["text"]}, **rest}
+        return value
+
+
+class RunConfig(Section):
+    """One pruning run."""
+
+    model: ModelConfig
+    output: Path
+    """The run directory: ledger, shards, report. Running again resumes it."""
+
+    calibration: CalibrationConfig = CalibrationConfig()
+    prune: PruneConfig = PruneConfig()
+    compute: ComputeConfig = ComputeConfig()
+    evaluate: EvaluateConfig | None = None
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file and apply `key.path=value` overrides; raises ConfigError with all problems at once."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds {type(raw).__name__}; a configuration is a mapping of sections")
+    for override in overrides:
+        _apply(raw, override)
+    return parse_config(raw, str(path))
+
+
+def parse_config(raw: dict[str, Any], origin: str) -> RunConfig:
+    """Validate plain data; `origin` is named in the error message."""
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        problems = [line for details in error.errors() for line in _describe(details)]
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ConfigError("\n".join([f"{origin}: {count}", *(f"  {p}" for p in problems)])) from None
+
+
+def resolved(config: RunConfig) -> dict[str, Any]:
+    """Return the whole configuration as plain data, paths absolute, defaults filled in."""
+    absolute = config.model_copy(update={"output": config.output.absolute()})
+    if config.model.path is not None:
+        model = config.model.model_copy(update={"path": config.model.path.absolute()})
+        absolute = absolute.model_copy(update={"model": model})
+    return absolute.model_dump(mode="json", exclude_none=True)
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator:
+        raise ConfigError(f"--set {override!r} is not KEY=VALUE, such as prune.sparsity=0.6")
+    *parents, last = key.split(".")
+    section = raw
+    for parent in parents:
+        section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"--set {override!r}: {parent} is a value, not a section")
+    section[last] = yaml.safe_load(value)
+
+
+def _describe(details: ErrorDetails) -> list[str]:
+    """Say one pydantic error in our words, with its key path."""
+    path = ".".join(str(part) for part in details["loc"]) or "(top level)"
+    if details["type"] == "extra_forbidden":
+        return [f"{path}: unknown key{_nearest(details['loc'])}"]
+    message = details["msg"].removeprefix("Value error, ")
+    if details["type"] == "value_error":
+        return [f"{path}: {line}" for line in message.splitlines()]
+    if details["type"] == "missing":
+        return [f"{path}: required, but absent"]
+    return [f"{path}: {message} (got {details['input']!r})"]
+
+
+def _nearest(location: tuple[int | str, ...]) -> str:
+    section: Any = RunConfig
+    for part in location[:-1]:
+        field = section.model_fields.get(part) if isinstance(section, type) else None
+        section = field.annotation if field is not None else None
+    if not (isinstance(section, type) and issubclass(section, BaseModel)):
+        section = EvaluateConfig if location[0] == "evaluate" else None
+    if section is None:
+        return ""
+    near = get_close_matches(str(location[-1]), section.model_fields, n=1)
+    known = ", ".join(section.model_fields)
+    return f"; did you mean {near[0]!r}?" if near else f"; known keys: {known}"

@@ -1,0 +1,74 @@
+"""Every error secateur raises on purpose: each states the fact, the numbers, the rule and the way out.
+
+    SecateurError
+    ├── ConfigError             a configuration that cannot be run; all its problems at once
+    ├── CheckpointError         the source on disk is not what it claims to be
+    │   ├── MalformedShard      a safetensors file whose header or size is wrong
+    │   └── UnsupportedCheckpoint   a sound checkpoint of a kind we refuse (pickled, quantised, unknown family)
+    ├── CalibrationError        text or tokens that cannot serve as calibration data
+    ├── NumericsError           NaN, Inf, or a factorisation that failed at every damping
+    ├── RunDirectoryError       the run directory is in use, of another job, or damaged
+    │   ├── RunLocked           another process holds it
+    │   └── ConfigChanged       it belongs to a run with other settings
+    ├── StorageError            the disk is full, unwritable or gone
+    ├── VerificationError       the written model is not what the ledger says
+    └── RunStopped              a signal asked for a stop; the run can go on from its last commit
+
+Every class takes one string, so every class pickles: errors cross process boundaries unchanged.
+"""
+
+
+class SecateurError(Exception):
+    """Root of the tree; `except SecateurError` is what the command line prints without a traceback."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class ConfigError(SecateurError):
+    """A configuration that cannot be run; the message lists every problem with its key path."""
+
+
+class CheckpointError(SecateurError):
+    """The source on disk is incomplete or is not what it claims to be."""
+
+
+class MalformedShard(CheckpointError):
+    """A safetensors file whose header, offsets or size break the format's rules."""
+
+
+class UnsupportedCheckpoint(CheckpointError):
+    """A sound checkpoint of a kind that is refused: pickled, quantised, or of an unknown family."""
+
+
+class CalibrationError(SecateurError):
+    """Text or tokens that cannot serve as calibration or evaluation data."""
+
+
+class NumericsError(SecateurError):
+    """NaN or Inf where finite numbers are required, or a factorisation that failed at every damping."""
+
+
+class RunDirectoryError(SecateurError):
+    """The run directory cannot be used as asked."""
+
+
+class RunLocked(RunDirectoryError):
+    """Another process is working in the run directory."""
+
+
+class ConfigChanged(RunDirectoryError):
+    """The run directory belongs to a run with other settings; the message names the differing keys."""
+
+
+class StorageError(SecateurError):
+    """A write failed: the disk is full, unwritable or gone."""
+
+
+class VerificationError(SecateurError):
+    """The written model is not what the ledger and the source say it must be."""
+
+
+class RunStopped(SecateurError):
+    """A signal asked for a stop; everything committed is kept and the run can go on."""

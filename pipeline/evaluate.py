@@ -1,0 +1,95 @@
+"""Perplexity of a checkpoint, streamed block by block: memory is one block and the hidden states of the windows.
+
+The text is tokenised whole and cut into non-overlapping windows of L tokens; the perplexity is
+exp(sum of cross-entropies / (windows * (L - 1))).
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from pipeline.activations import Boundary
+from pipeline.calibration import load_tokenizer, require_in_vocabulary, text_windows
+from pipeline.checkpoint import Checkpoint
+from pipeline.config import EvaluateConfig
+from pipeline.errors import CalibrationError
+from pipeline.progress import Progress
+from pipeline.skeleton import Skeleton
+from pipeline.sources import TokensFile, describe, documents, token_ids
+from pipeline.stream import Stream
+
+HEAD_TOKENS = 128
+"""Tokens whose logits are made at once: bounds the largest tensor of an evaluation to 128 x vocabulary."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What an evaluation found, and on what."""
+
+    perplexity: float
+    num_windows: int
+    sequence_length: int
+    text: str
+    """The source of the text, in words."""
+
+
+def load_windows(config: EvaluateConfig, tokenizer_directory: Path) -> torch.Tensor:
+    """Return the windows to evaluate on, int64 [W, L]; raises CalibrationError when there are too few."""
+    length, source = config.sequence_length, config.source
+    if isinstance(source, TokensFile):
+        ids = token_ids(source).flatten()
+        windows = ids[: len(ids) // length * length].view(-1, length)
+    else:
+        text = "\n\n".join(documents(source))
+        windows = text_windows(text, load_tokenizer(tokenizer_directory), length, None)
+    wanted = config.windows or len(windows)
+    if len(windows) < wanted or not len(windows):
+        raise CalibrationError(
+            f"{describe(source)} gives {len(windows)} windows of {length} tokens, but evaluate.windows asks for "
+            f"{wanted}; use more text, or fewer or shorter windows"
+        )
+    return windows[:wanted] if config.take == "first" else windows[-wanted:]
+
+
+def evaluate(
+    checkpoint: Checkpoint, windows_WL: torch.Tensor, skeleton: Skeleton, batch: int, progress: Progress, task: str
+) -> float:
+    """Return the perplexity of a checkpoint on windows_WL. The skeleton is made for that checkpoint."""
+    require_in_vocabulary(windows_WL, skeleton.vocab_size, "the evaluation text")
+    stream = Stream(skeleton, checkpoint)
+    boundary = Boundary(*windows_WL.shape, stream.num_features, skeleton.dtype)
+    progress.begin(task, skeleton.num_blocks, 0)
+    with torch.no_grad(), stream.outside_weights():
+        for rows in boundary.batches(batch):
+            boundary.write(rows, stream.embed(windows_WL[rows]), "the embedding")
+    for index in range(skeleton.num_blocks):
+        progress.phase(index, "evaluate")
+        skeleton.load_block(index, checkpoint)
+        with torch.no_grad():
+            for rows in boundary.batches(batch):
+                hidden_BTD = boundary.read(rows, skeleton.device)
+                boundary.write(rows, stream.run_block(index, hidden_BTD), f"block {index}")
+        skeleton.release_block(index)
+        progress.advance(index, "")
+    progress.phase(skeleton.num_blocks - 1, "head")
+    perplexity = _perplexity(stream, boundary, windows_WL)
+    progress.end()
+    return perplexity
+
+
+def _perplexity(stream: Stream, boundary: Boundary, windows_WL: torch.Tensor) -> float:
+    """Turn final hidden states into a perplexity, a few tokens at a time."""
+    num_windows, length = windows_WL.shape
+    total = torch.zeros((), dtype=torch.float64)
+    with stream.outside_weights():
+        for row in range(num_windows):
+            for start in range(0, length - 1, HEAD_TOKENS):
+                stop = min(start + HEAD_TOKENS, length - 1)
+                hidden_BTD = boundary.read(slice(row, row + 1), stream.device)[:, start:stop]
+                logits_TV = stream.logits(hidden_BTD)[0].float()
+                labels_T = windows_WL[row, start + 1 : stop + 1].to(logits_TV.device)
+                total += cross_entropy(logits_TV, labels_T, reduction="sum").double().cpu()
+    return math.exp(total.item() / (num_windows * (length - 1)))

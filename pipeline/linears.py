@@ -1,0 +1,121 @@
+"""The prunable matrices of a block, which of them share an input, and the statistics of those inputs.
+
+A linear is a matrix `weight_OD` however it is stored: `nn.Linear` keeps it as it is, `Conv1D` (gpt2) transposed.
+Everything outside this file sees weight_OD.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from pipeline.errors import NumericsError
+from pipeline.statistics import Statistic
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Linear:
+    """One prunable matrix of a block."""
+
+    name: str
+    """Name of its module within the block, such as `self_attn.q_proj`."""
+
+    parameter: str
+    """Name of its parameter within the block."""
+
+    transposed: bool
+    """Whether it is stored as [D, O]."""
+
+    def to_rows(self, stored: torch.Tensor) -> torch.Tensor:
+        """See a stored matrix as [O, D]; no copy."""
+        return stored.T if self.transposed else stored
+
+    def to_stored(self, matrix_OD: torch.Tensor) -> torch.Tensor:
+        """See a matrix [O, D] as it is stored; no copy."""
+        return matrix_OD.T if self.transposed else matrix_OD
+
+    def weight(self, block: nn.Module) -> torch.Tensor:
+        """Return weight_OD, a view of the block's parameter."""
+        return self.to_rows(block.get_parameter(self.parameter).data)
+
+
+def find_linears(block: nn.Module, skip: Sequence[str] = ()) -> list[Linear]:
+    """Return the linears of a block in module order, less those whose name matches a `skip` pattern."""
+    return [
+        Linear(name=name, parameter=f"{name}.weight", transposed=isinstance(module, Conv1D))
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and not any(fnmatch(name, pattern) for pattern in skip)
+    ]
+
+
+class Collector:
+    """Gathers statistics of the inputs of linears while the block runs, once per distinct input.
+
+    Linears that are handed the very same tensor one after the other (q, k, v; gate, up) share one set of
+    statistics. Who shares is seen in the first batch and holds for the rest.
+    """
+
+    def __init__(self, linears: Sequence[Linear], kinds: Sequence[type[Statistic]]) -> None:
+        self._linears = linears
+        self._kinds = kinds
+        self._leader: dict[str, str] = {}
+        self._statistics: dict[str, dict[type[Statistic], Statistic]] = {}
+        self._last: tuple[str, torch.Tensor] | None = None
+
+    def statistic(self, name: str, kind: type[Statistic]) -> Statistic:
+        """Return what was gathered of a linear's inputs."""
+        return self._statistics[self._leader[name]][kind]
+
+    def groups(self) -> list[list[Linear]]:
+        """Return the linears grouped by the input they share, in the order they ran."""
+        grouped: dict[str, list[Linear]] = {}
+        for linear in self._linears:
+            grouped.setdefault(self._leader.get(linear.name, linear.name), []).append(linear)
+        return list(grouped.values())
+
+    @contextmanager
+    def watching(self, block: nn.Module) -> Iterator[None]:
+        """Gather from every forward of the block inside the context."""
+        handles = [
+            block.get_submodule(linear.name).register_forward_pre_hook(self._hook(linear.name))
+            for linear in self._linears
+            if self._kinds
+        ]
+        try:
+            yield
+        finally:
+            self._last = None
+            for handle in handles:
+                handle.remove()
+
+    def check_finite(self, block_name: str) -> None:
+        """Raise NumericsError naming the linear whose inputs were not finite."""
+        for name, statistics in self._statistics.items():
+            if not all(statistic.is_finite() for statistic in statistics.values()):
+                raise NumericsError(
+                    f"hidden states at the input of {block_name}.{name} hold NaN or Inf; nothing of this block was "
+                    "written. Compute in float32 (`compute.dtype: float32`), or check the model with `secateur evaluate`"
+                )
+
+    def _hook(self, name: str) -> Any:
+        def gather(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            x = inputs[0]
+            if name not in self._leader:
+                shared = self._last is not None and self._last[1] is x
+                self._leader[name] = self._leader[self._last[0]] if shared and self._last else name
+            self._last = (name, x)
+            if self._leader[name] == name:
+                self._update(name, x.flatten(0, -2))
+
+        return gather
+
+    def _update(self, name: str, x_TD: torch.Tensor) -> None:
+        if name not in self._statistics:
+            self._statistics[name] = {kind: kind.empty(x_TD.shape[1], x_TD.device) for kind in self._kinds}
+        for statistic in self._statistics[name].values():
+            statistic.update(x_TD)

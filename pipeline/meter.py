@@ -1,0 +1,67 @@
+"""What a run costs: seconds per phase and peak memory, as the operating system counts it."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
+
+import torch
+
+
+class Stopwatch:
+    """Adds up wall-clock seconds by phase. On an accelerator each phase ends when its work has finished."""
+
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.seconds: dict[str, float] = {}
+        self._device = device
+        self._clock = clock
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time inside the block towards `name`."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            synchronise(self._device)
+            self.seconds[name] = self.seconds.get(name, 0.0) + self._clock() - start
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for work queued on an accelerator; nothing on a CPU."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def peak_host_bytes() -> int:
+    """Return the high-water mark of this process's resident memory, from the kernel."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return getrusage(RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_device_bytes(device: torch.device) -> int:
+    """Return the high-water mark of memory allocated on a CUDA device; 0 elsewhere."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def human_bytes(count: float) -> str:
+    """Return a size for people: 1.71 GB, 9.4 MB."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(count) >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+def human_seconds(seconds: float) -> str:
+    """Return a duration for people: 42 s, 3 min 20 s, 5 h 10 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"

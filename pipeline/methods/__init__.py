@@ -1,0 +1,14 @@
+"""Every pruning method by its name in a recipe. A new method is one file here and one line in this table."""
+
+from pipeline.methods.besa import Besa
+from pipeline.methods.magnitude import Magnitude
+from pipeline.methods.sparsegpt import SparseGPT
+from pipeline.methods.step import Step
+from pipeline.methods.wanda import Wanda
+
+METHODS: dict[str, type[Step]] = {
+    "magnitude": Magnitude,
+    "wanda": Wanda,
+    "sparsegpt": SparseGPT,
+    "besa": Besa,
+}

@@ -1,0 +1,146 @@
+"""BESA: learn how much each row drops, so that the pruned block reproduces the dense block.
+
+Xu et al., "BESA: Pruning Large Language Models with Blockwise Parameter-Efficient Sparsity Allocation"
+(2402.16880). Weights never change, and the order in which a row's weights go is Wanda's, fixed beforehand; what is
+learnt is *how many* go: one sparsity per row (or per linear) of all linears of a block together, by gradient
+descent on
+
+    mean over channels of |Y - Y_ref|^2 / |Y_ref|^2  +  penalty * ((S_block - S) / S)^2
+
+Departures from the released code, each measured: softmax logits without the sigmoid that confines sparsities to
+0.38…0.62; a start at the target; a projection that meets the budget exactly; the mask gradient in closed form.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from prodigyopt import Prodigy
+from pydantic import Field
+
+from pipeline.errors import NumericsError
+from pipeline.methods.row_sparsity import (
+    MaskedWeight,
+    candidate_sparsities,
+    hard_keep,
+    initial_logits,
+    project_to_budget,
+    pruned_counts,
+)
+from pipeline.methods.step import BlockStep, BlockView, PrunedLinear, Report
+from pipeline.methods.wanda import input_norms, wanda_scores
+from pipeline.sparsity import Sparsity, Unstructured, row_ranks
+from pipeline.statistics import ColumnSquares, Statistic, relative_error
+
+
+class Besa(BlockStep):
+    """Blockwise parameter-efficient sparsity allocation."""
+
+    statistic: ClassVar[type[Statistic] | None] = ColumnSquares
+    accepts_pattern: ClassVar[bool] = False
+
+    granularity: Literal["row", "linear"] = "row"
+    """What learns a sparsity of its own: every row, or every linear."""
+
+    target: Literal["pruned", "dense"] = "pruned"
+    """Stream on which the dense block makes the reference output: the pruned stream, or the dense stream."""
+
+    epochs: int = Field(default=1, ge=1)
+    """Passes over the calibration sequences."""
+
+    batch: int = Field(default=1, ge=1)
+    """Sequences per update."""
+
+    penalty: float = Field(default=5.0, gt=0)
+    """Weight of the squared relative distance from the target sparsity."""
+
+    growth: float = Field(default=5.0, gt=0)
+    """Prodigy's d_coef: scales the step size that it finds by itself."""
+
+    @property
+    def needs_dense_stream(self) -> bool:
+        """Whether the reference is made on the dense stream."""
+        return self.target == "dense"
+
+    def prune(self, block: BlockView, sparsity: Sparsity, report: Report) -> dict[str, PrunedLinear]:
+        """Learn the sparsities of one block, project them to its budget, and return the masks."""
+        assert isinstance(sparsity, Unstructured)
+        rows = [self._learnable(block, name, sparsity) for name in block.weights]
+        optimizer = Prodigy([r.logits_GP for r in rows], lr=1.0, d_coef=self.growth, weight_decay=0.0)
+        for epoch in range(self.epochs):
+            for start in range(0, block.num_sequences, self.batch):
+                sequences = slice(start, min(start + self.batch, block.num_sequences))
+                optimizer.zero_grad()
+                figures = self._accumulate(rows, block, sequences, sparsity.ratio)
+                optimizer.step()
+                report({"epoch": epoch, **figures})
+        return masks_within_budget(rows, sparsity)
+
+    def _learnable(self, block: BlockView, name: str, sparsity: Unstructured) -> "LearnableRows":
+        weight_OD, statistic = block.weights[name], block.statistic(name, ColumnSquares)
+        assert isinstance(statistic, ColumnSquares)
+        num_groups = len(weight_OD) if self.granularity == "row" else 1
+        logits_GP = initial_logits(sparsity.ratio, num_groups, weight_OD.device).requires_grad_()
+        rank_OD = row_ranks(wanda_scores(weight_OD, input_norms(statistic)))
+        return LearnableRows(name=name, weight_OD=weight_OD, rank_OD=rank_OD, logits_GP=logits_GP)
+
+    def _accumulate(
+        self, rows: list["LearnableRows"], block: BlockView, sequences: slice, target: float
+    ) -> Mapping[str, float]:
+        """Add the gradient of one mini-batch's loss to the logits; return the figures of the step."""
+        shares = [r.logits_GP.softmax(dim=1) for r in rows]
+        weights = {r.name: r.masked_weight(share) for r, share in zip(rows, shares, strict=True)}
+        expected = block_sparsity(rows, shares)
+        error = relative_error(block.output(weights, sequences), block.target(sequences))
+        loss = error + self.penalty * ((expected - target) / target) ** 2
+        loss.backward()
+        figures = {"error": error.item(), "sparsity": expected.item()}
+        if not torch.isfinite(loss):
+            raise NumericsError(
+                f"besa's loss became {loss.item()} (reconstruction error {figures['error']:g}, block sparsity "
+                f"{figures['sparsity']:g}); hidden states of this block are not finite in this dtype: use "
+                "`compute.dtype: float32`, or lower `growth`"
+            )
+        return figures
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnableRows:
+    """One linear with the logits of its rows' sparsities."""
+
+    name: str
+    weight_OD: torch.Tensor
+    rank_OD: torch.Tensor
+    logits_GP: torch.Tensor
+
+    def alphas(self, share_GP: torch.Tensor) -> torch.Tensor:
+        """Return the sparsity of each group, float32 [G]."""
+        return share_GP @ candidate_sparsities(share_GP.device)
+
+    def masked_weight(self, share_GP: torch.Tensor) -> torch.Tensor:
+        """Return the weight under its present hard mask, differentiable in the shares."""
+        counts_G = pruned_counts(self.alphas(share_GP.detach()), self.weight_OD.shape[1])
+        masked: torch.Tensor = MaskedWeight.apply(share_GP, self.weight_OD, self.rank_OD, counts_G)
+        return masked
+
+
+def block_sparsity(rows: list[LearnableRows], shares: list[torch.Tensor]) -> torch.Tensor:
+    """Return the expected fraction removed from the block, weighted by size, differentiable."""
+    total = sum(r.weight_OD.numel() for r in rows)
+    parts = [r.alphas(s).mean() * (r.weight_OD.numel() / total) for r, s in zip(rows, shares, strict=True)]
+    return torch.stack(parts).sum()
+
+
+@torch.no_grad()
+def masks_within_budget(rows: list[LearnableRows], sparsity: Unstructured) -> dict[str, PrunedLinear]:
+    """Return the final masks: the block loses exactly floor(ratio * weights) weights."""
+    alphas = [r.alphas(r.logits_GP.softmax(dim=1)).expand(len(r.weight_OD)) for r in rows]
+    budget = sparsity.num_pruned(sum(r.weight_OD.numel() for r in rows))
+    counts = project_to_budget(alphas, [r.weight_OD.shape[1] for r in rows], budget)
+    pruned = {}
+    for r, count_O in zip(rows, counts, strict=True):
+        share = count_O.double() / r.weight_OD.shape[1]
+        notes = {"row_sparsity_min": share.min().item(), "row_sparsity_max": share.max().item()}
+        pruned[r.name] = PrunedLinear(keep_OD=hard_keep(r.rank_OD, count_O.to(r.rank_OD.device)), notes=notes)
+    return pruned

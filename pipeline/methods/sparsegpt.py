@@ -1,0 +1,148 @@
+"""SparseGPT: prune column by column and let the columns still to come absorb each error.
+
+Frantar and Alistarh, "SparseGPT" (2301.00774), algorithm 1. Optimal-brain-surgeon steps with the order of
+columns fixed: with H = X^T X and H^-1 = U^T U (U upper triangular), removing w_j costs (w_j / U_jj)^2 / 2, and
+the best change of the later columns is -(w_j / U_jj) U_j,j+1: .
+
+The mask of an unstructured solve is chosen per slab of 128 columns over all rows (as in the paper), the mask of
+an N:M solve per row and group, each from weights that have already absorbed the earlier columns. A mask given by
+an earlier step is kept and only the update is done.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+
+from pipeline.errors import NumericsError
+from pipeline.methods.step import LinearStep, PrunedLinear, Solver
+from pipeline.sparsity import SemiStructured, Sparsity, keep_highest
+from pipeline.statistics import Gram, Statistic
+
+DAMPING_LIMIT = 1.0
+"""Above this multiple of the mean diagonal the damped Hessian says little of the data: give up instead."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InverseFactor:
+    """Upper Cholesky factor of the inverse Hessian of one input."""
+
+    upper_DD: torch.Tensor
+    """U with H^-1 = U^T U, float32."""
+
+    dead_D: torch.Tensor
+    """bool, True where the input feature was always zero."""
+
+    damping: float
+    """Multiple of the mean diagonal that was added for the factorisation to succeed."""
+
+
+def inverse_factor(gram_DD: torch.Tensor, damping: float) -> InverseFactor:
+    """Factorise the inverse of a Gram matrix [D, D], multiplying the damping by 10 until it succeeds.
+
+    Reversing the order of features turns the lower Cholesky factor of H into V with H = V V^T, V upper
+    triangular, so that U = V^-1: one factorisation and one triangular inverse, and H^-1 is never formed.
+    Raises NumericsError when no damping up to DAMPING_LIMIT suffices.
+    """
+    diagonal_D = gram_DD.diagonal()
+    dead_D = diagonal_D == 0
+    mean = diagonal_D.mean().item() or 1.0
+    identity_DD = torch.eye(len(dead_D), device=gram_DD.device)
+    used = damping
+    while used <= DAMPING_LIMIT:
+        hessian_DD = gram_DD.clone()
+        hessian_DD.diagonal().add_(used * mean + dead_D.float() * mean)
+        reversed_lower_DD, failed = torch.linalg.cholesky_ex(hessian_DD.flip(0, 1))
+        if not failed:
+            upper_DD = torch.linalg.solve_triangular(reversed_lower_DD.flip(0, 1), identity_DD, upper=True)
+            if upper_DD.isfinite().all():
+                return InverseFactor(upper_DD=upper_DD, dead_D=dead_D, damping=used)
+        used *= 10
+    raise NumericsError(
+        f"the Gram matrix of {len(dead_D)} input features could not be factorised with any damping from "
+        f"{damping:g} to {DAMPING_LIMIT:g} of its mean diagonal {mean:.3g}; use more calibration tokens, a "
+        "larger `damping` or a method without a factorisation (wanda, besa)"
+    )
+
+
+class SparseGPT(LinearStep):
+    """Prune and compensate, column by column."""
+
+    statistic: ClassVar[type[Statistic] | None] = Gram
+    accepts_mask: ClassVar[bool] = True
+
+    damping: float = Field(default=0.01, gt=0, le=DAMPING_LIMIT)
+    """Added to the Hessian's diagonal, as a multiple of its mean."""
+
+    slab: int = Field(default=128, ge=1)
+    """Columns whose unstructured mask is chosen together; the later columns are updated after each slab."""
+
+    def solver(self, statistic: Statistic | None) -> Solver:
+        """Factorise the Hessian that all linears of one input share; the result prunes each of them."""
+        assert isinstance(statistic, Gram)
+        factor = inverse_factor(statistic.gram_DD, self.damping)
+
+        def solve(weight_OD: torch.Tensor, keep_OD: torch.Tensor | None, sparsity: Sparsity) -> PrunedLinear:
+            weight, keep = sweep(weight_OD, factor, sparsity, keep_OD, self.slab)
+            return PrunedLinear(weight_OD=weight, keep_OD=keep, notes={"damping": factor.damping})
+
+        return solve
+
+
+def sweep(
+    weight_OD: torch.Tensor,
+    factor: InverseFactor,
+    sparsity: Sparsity,
+    given_OD: torch.Tensor | None,
+    slab_columns: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prune all columns from left to right; return the updated weight (its dtype kept) and keep_OD.
+
+    Works on the transpose, where a column is contiguous. Dead input features are pruned first, and left
+    untouched where they survive.
+    """
+    num_rows, num_columns = weight_OD.shape
+    if isinstance(sparsity, SemiStructured):
+        slab_columns = max(1, slab_columns // sparsity.group) * sparsity.group
+    weight_DO = weight_OD.T.float().contiguous()
+    keep_DO = torch.ones_like(weight_DO, dtype=torch.bool) if given_OD is None else given_OD.T.contiguous()
+    for start in range(0, num_columns, slab_columns):
+        stop = min(start + slab_columns, num_columns)
+        columns = slice(start, stop)
+        if given_OD is None and not isinstance(sparsity, SemiStructured):
+            num_pruned = sparsity.num_pruned(num_rows * stop) - sparsity.num_pruned(num_rows * start)
+            scores_DO = removal_cost(weight_DO[columns], factor, columns)
+            keep_DO[columns] = keep_highest(scores_DO.reshape(1, -1), num_pruned).view_as(scores_DO)
+        pattern = sparsity if given_OD is None and isinstance(sparsity, SemiStructured) else None
+        errors_DO = _sweep_slab(weight_DO[columns], keep_DO[columns], factor, columns, pattern)
+        weight_DO[stop:].addmm_(factor.upper_DD[columns, stop:].T, errors_DO, alpha=-1)
+    weight_DO.masked_fill_(~keep_DO, 0)
+    return weight_DO.T.to(weight_OD.dtype).contiguous(), keep_DO.T.contiguous()
+
+
+def removal_cost(weight_DO: torch.Tensor, factor: InverseFactor, columns: slice) -> torch.Tensor:
+    """Return the squared output error of removing each weight, (w / U_jj)^2; 0 for dead input features."""
+    scale_D = factor.upper_DD.diagonal()[columns].reciprocal().masked_fill(factor.dead_D[columns], 0)
+    return (weight_DO * scale_D[:, None]).square_()
+
+
+def _sweep_slab(
+    weight_DO: torch.Tensor,
+    keep_DO: torch.Tensor,
+    factor: InverseFactor,
+    columns: slice,
+    pattern: SemiStructured | None,
+) -> torch.Tensor:
+    """Prune one slab of columns in place, choosing N:M masks on the way; return its scaled errors."""
+    upper_DD = factor.upper_DD[columns, columns]
+    errors_DO = torch.zeros_like(weight_DO)
+    for j in range(len(weight_DO)):
+        if pattern is not None and j % pattern.group == 0:
+            group = slice(j, j + pattern.group)
+            inputs = slice(columns.start + j, columns.start + j + pattern.group)
+            scores_OG = removal_cost(weight_DO[group], factor, inputs).T.contiguous()
+            keep_DO[group] = keep_highest(scores_OG, pattern.group - pattern.keep).T
+        torch.mul(weight_DO[j], ~keep_DO[j] / upper_DD[j, j], out=errors_DO[j])
+        weight_DO[j:].addcmul_(upper_DD[j, j:, None], errors_DO[j], value=-1)
+    return errors_DO

@@ -1,0 +1,96 @@
+"""The two kinds of step a recipe is made of, and what each one sees of a block.
+
+A *linear step* prunes one matrix from a statistic of its inputs; a *block step* sees the whole block with its
+streams. A step is a frozen set of options with one method; it holds no state between blocks.
+
+Shapes: O = out features, D = in features, B = sequences, T = tokens.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from pipeline.sparsity import Sparsity
+from pipeline.statistics import Statistic
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrunedLinear:
+    """What a step makes of one linear."""
+
+    keep_OD: torch.Tensor
+    """bool, True = kept."""
+
+    weight_OD: torch.Tensor | None = None
+    """New values of the weights (zero where pruned), or None where kept weights are the dense ones."""
+
+    notes: dict[str, float] = field(default_factory=dict)
+    """Figures worth recording with the commit, such as the damping that was needed."""
+
+
+Solver = Callable[[torch.Tensor, torch.Tensor | None, Sparsity], PrunedLinear]
+"""(weight_OD, keep_OD of an earlier step or None, sparsity) -> PrunedLinear."""
+
+Report = Callable[[Mapping[str, float]], None]
+"""Receives figures of a long step while it works (loss, sparsity), for the progress display."""
+
+
+class Step(BaseModel):
+    """Options of one step; unknown options are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    statistic: ClassVar[type[Statistic] | None]
+    """What it needs to know of each linear's inputs."""
+
+    accepts_mask: ClassVar[bool] = False
+    """Whether it can follow a step that has already chosen a mask."""
+
+    accepts_pattern: ClassVar[bool] = True
+    """Whether it can prune to N:M."""
+
+
+class LinearStep(Step, ABC):
+    """Prunes one linear at a time."""
+
+    @abstractmethod
+    def solver(self, statistic: Statistic | None) -> Solver:
+        """Prepare once what all linears with this input share; the result then prunes each of them."""
+
+
+class BlockView(Protocol):
+    """A dense block, its streams and statistics, as a block step sees them. The weights are never changed."""
+
+    @property
+    def num_sequences(self) -> int:
+        """Calibration sequences at hand."""
+
+    @property
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """weight_OD of every linear, by its name within the block."""
+
+    def statistic(self, name: str, kind: type[Statistic]) -> Statistic:
+        """Statistic of a linear's inputs."""
+
+    def output(self, weights: Mapping[str, torch.Tensor], sequences: slice) -> torch.Tensor:
+        """Run the block on the pruned stream with other weights: hidden_BTD, differentiable in them."""
+
+    def target(self, sequences: slice) -> torch.Tensor:
+        """Return the hidden_BTD that the pruned block is to reproduce."""
+
+
+class BlockStep(Step, ABC):
+    """Prunes the linears of a block together."""
+
+    @abstractmethod
+    def prune(self, block: BlockView, sparsity: Sparsity, report: Report) -> dict[str, PrunedLinear]:
+        """Return every linear of the block, pruned."""
+
+    @property
+    @abstractmethod
+    def needs_dense_stream(self) -> bool:
+        """Whether targets come from the dense block on the dense stream (else on the pruned stream)."""

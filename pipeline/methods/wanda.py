@@ -1,0 +1,41 @@
+"""Wanda: drop the weights that matter least to their own output, judged by weight times input norm.
+
+Sun et al., "A Simple and Effective Pruning Approach for Large Language Models" (2306.11695), equation 1:
+`S_ij = |W_ij| * ||X_j||_2`. Weights compete within their row (per output), or within their N:M group; the kept
+ones stay as they are.
+"""
+
+from typing import ClassVar
+
+import torch
+
+from pipeline.methods.step import LinearStep, PrunedLinear, Solver
+from pipeline.sparsity import Sparsity, keep_by_row
+from pipeline.statistics import ColumnSquares, Statistic
+
+
+def input_norms(squares: ColumnSquares) -> torch.Tensor:
+    """Return ||X_j||_2 of every input feature, float32 [D]."""
+    return squares.squares_D.sqrt().float()
+
+
+def wanda_scores(weight_OD: torch.Tensor, norm_D: torch.Tensor) -> torch.Tensor:
+    """Return |W_ij| * ||X_j||, float32 [O, D]."""
+    return weight_OD.abs().float().mul_(norm_D)
+
+
+class Wanda(LinearStep):
+    """Score = |W| * input norm; weights compete within their row."""
+
+    statistic: ClassVar[type[Statistic] | None] = ColumnSquares
+
+    def solver(self, statistic: Statistic | None) -> Solver:
+        """Return the function that prunes one linear; input norms are shared by all linears of one input."""
+        assert isinstance(statistic, ColumnSquares)
+        norm_D = input_norms(statistic)
+
+        def solve(weight_OD: torch.Tensor, keep_OD: torch.Tensor | None, sparsity: Sparsity) -> PrunedLinear:
+            assert keep_OD is None
+            return PrunedLinear(keep_OD=keep_by_row(wanda_scores(weight_OD, norm_D), sparsity))
+
+        return solve

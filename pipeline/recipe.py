@@ -1,0 +1,88 @@
+"""A recipe: the ordered steps that turn a dense block into a pruned one, and what they need of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipeline.methods import METHODS
+from pipeline.methods.step import BlockStep, Step
+from pipeline.sparsity import SemiStructured, Sparsity
+from pipeline.statistics import Statistic
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """Steps with their options, checked against each other."""
+
+    steps: tuple[Step, ...]
+
+    @property
+    def statistics(self) -> tuple[type[Statistic], ...]:
+        """Distinct statistics that must be collected of every linear's inputs."""
+        wanted = (step.statistic for step in self.steps)
+        return tuple(dict.fromkeys(s for s in wanted if s is not None))
+
+    @property
+    def needs_targets(self) -> bool:
+        """Whether a block step compares with the dense block's outputs."""
+        return any(isinstance(step, BlockStep) for step in self.steps)
+
+    @property
+    def needs_dense_stream(self) -> bool:
+        """Whether the outputs to compare with are made on the dense stream."""
+        return any(isinstance(step, BlockStep) and step.needs_dense_stream for step in self.steps)
+
+
+def parse_recipe(entries: Sequence[str | dict[str, Any]], sparsity: Sparsity) -> Recipe:
+    """Read `[besa]`, `[{besa: {epochs: 2}}, sparsegpt]`, …; raises ValueError with every problem, one a line."""
+    steps: list[Step] = []
+    problems: list[str] = []
+    for position, entry in enumerate(entries):
+        try:
+            steps.append(_parse_step(entry))
+        except ValueError as error:
+            problems += [f"[{position}] {line}" for line in str(error).splitlines()]
+    if not problems:
+        problems = _disagreements(steps, sparsity)
+    if problems:
+        raise ValueError("\n".join(problems))
+    return Recipe(steps=tuple(steps))
+
+
+def _parse_step(entry: str | dict[str, Any]) -> Step:
+    if isinstance(entry, dict) and len(entry) != 1:
+        raise ValueError(f"a step is a name or one `name: {{options}}`, not {entry!r}")
+    name, options = (entry, {}) if isinstance(entry, str) else next(iter(entry.items()))
+    if name not in METHODS:
+        near = get_close_matches(str(name), METHODS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"no method is called {name!r}{hint} Known: {', '.join(METHODS)}")
+    try:
+        return METHODS[name].model_validate(options or {})
+    except ValidationError as error:
+        known = ", ".join(METHODS[name].model_fields) or "none"
+        lines = [f"{name}.{'.'.join(map(str, e['loc']))}: {e['msg']} (options: {known})" for e in error.errors()]
+        raise ValueError("\n".join(lines)) from None
+
+
+def _disagreements(steps: Sequence[Step], sparsity: Sparsity) -> list[str]:
+    names = {method: name for name, method in METHODS.items()}
+    problems = []
+    if not steps:
+        problems.append("a recipe needs at least one step")
+    for position, step in enumerate(steps):
+        name = names[type(step)]
+        if position > 0 and not step.accepts_mask:
+            problems.append(
+                f"[{position}] {name} chooses a mask of its own, but {names[type(steps[0])]} has chosen one before "
+                "it; put it first, or leave one of them out"
+            )
+        if position == 0 and isinstance(sparsity, SemiStructured) and not step.accepts_pattern:
+            problems.append(
+                f"[{position}] {name} learns how many weights each row drops, which {sparsity} fixes; "
+                "use wanda or sparsegpt for N:M, or a fraction such as 0.5"
+            )
+    return problems

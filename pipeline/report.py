@@ -1,0 +1,117 @@
+"""What a finished run has to say: sparsity, quality, cost, and what will and will not run faster."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from pipeline.ledger import Ledger, LinearRecord
+from pipeline.meter import peak_device_bytes, peak_host_bytes
+
+REPORT = "report.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """A run in figures."""
+
+    sparsity: str
+    """What was asked for."""
+
+    pruned_weights: int
+    prunable_weights: int
+    """Weights of all linears that were to be pruned."""
+
+    mean_error: float
+    """Mean over blocks of the relative error of the pruned block's output."""
+
+    perplexity_before: float | None
+    perplexity_after: float | None
+
+    seconds: dict[str, float]
+    """Wall clock by phase, over all blocks and all sessions of the run."""
+
+    forward_equivalents: float
+    """Cost in forward passes of all calibration sequences through all blocks (the time `propagate` takes)."""
+
+    peak_host_bytes: int
+    peak_device_bytes: int
+    """High-water marks of the session that finished the run."""
+
+    notes: dict[str, float]
+    """Extremes of what the methods noted, such as the largest damping."""
+
+    @property
+    def achieved(self) -> float:
+        """Fraction of prunable weights removed."""
+        return self.pruned_weights / self.prunable_weights
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain data for report.json."""
+        return {**asdict(self), "achieved_sparsity": self.achieved, "guidance": guidance(self.sparsity)}
+
+
+def build_report(ledger: Ledger, num_blocks: int, device: torch.device) -> Report:
+    """Gather the figures of a run whose blocks are all committed."""
+    commits = [ledger.commits[index] for index in range(num_blocks)]
+    records = [record for commit in commits for record in commit.linears.values()]
+    seconds: dict[str, float] = {}
+    for commit in commits:
+        for phase, spent in commit.seconds.items():
+            seconds[phase] = seconds.get(phase, 0.0) + spent
+    propagated = [v for i in range(num_blocks) if isinstance(v := ledger.notes.get(f"propagate.{i}"), float)]
+    # A stop between commit and propagate leaves one block untimed: scale up to all of them.
+    seconds["propagate"] = sum(propagated) / max(len(propagated), 1) * num_blocks
+    return Report(
+        sparsity=_asked(ledger),
+        pruned_weights=sum(record.pruned for record in records),
+        prunable_weights=sum(record.numel for record in records),
+        mean_error=sum(commit.error for commit in commits) / num_blocks,
+        perplexity_before=_perplexity(ledger, "before"),
+        perplexity_after=_perplexity(ledger, "after"),
+        seconds=seconds,
+        forward_equivalents=sum(seconds.values()) / max(seconds["propagate"], 1e-9),
+        peak_host_bytes=peak_host_bytes(),
+        peak_device_bytes=peak_device_bytes(device),
+        notes=_extremes(records),
+    )
+
+
+def guidance(sparsity: str) -> list[str]:
+    """Say honestly what this pattern does to size and speed."""
+    common = "The files are as large as before: zeros are stored, so that every runtime loads the model."
+    if ":" not in sparsity:
+        return [
+            common,
+            "Inference is as fast as before: GPUs and the usual runtimes do not skip scattered zeros.",
+            "It pays where zeros are exploited: sparse CPU kernels (at 70% and above), compressed storage or "
+            "transfer, or as the start of structured pruning.",
+        ]
+    if sparsity == "2:4":
+        return [
+            common,
+            "NVIDIA GPUs from Ampere on can run 2:4 matrices up to about 1.6x faster (torch.sparse semi-structured), "
+            "for large batches; one-token decoding gains nothing. vLLM no longer has 2:4 kernels.",
+        ]
+    return [common, f"No common hardware accelerates {sparsity}: only 2:4 has kernels."]
+
+
+def _asked(ledger: Ledger) -> str:
+    prune = ledger.header.config["prune"]
+    assert isinstance(prune, dict)
+    return str(prune["sparsity"])
+
+
+def _perplexity(ledger: Ledger, when: str) -> float | None:
+    note = ledger.notes.get(f"perplexity.{when}")
+    return float(value) if isinstance(note, dict) and isinstance(value := note["perplexity"], float) else None
+
+
+def _extremes(records: Sequence[LinearRecord]) -> dict[str, float]:
+    """Return the smallest of every note named *_min and the largest of every other."""
+    found: dict[str, list[float]] = {}
+    for record in records:
+        for name, value in record.notes.items():
+            found.setdefault(name, []).append(value)
+    return {name: min(v) if name.endswith("_min") else max(v) for name, v in found.items()}

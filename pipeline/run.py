@@ -1,0 +1,203 @@
+"""One process prunes all blocks: set up, go on from the last commit, prune, assemble, evaluate, report."""
+
+import json
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import yaml
+from pydantic import JsonValue
+
+from pipeline.activations import Boundary
+from pipeline.assemble import assemble
+from pipeline.calibration import CalibrationSet, load_calibration
+from pipeline.checkpoint import Checkpoint
+from pipeline.config import RunConfig, resolved
+from pipeline.devices import choose_device, choose_dtype
+from pipeline.errors import RunStopped
+from pipeline.evaluate import evaluate, load_windows
+from pipeline.hub import fetch_model
+from pipeline.ledger import Header, Ledger, RunLock
+from pipeline.meter import human_seconds
+from pipeline.progress import Progress
+from pipeline.report import REPORT, Report, build_report
+from pipeline.shards import remove_leftovers, write_atomically
+from pipeline.skeleton import Skeleton
+from pipeline.sources import describe
+from pipeline.stage import Order, Stage, Streams
+from pipeline.stream import Stream
+
+StopAsked = Callable[[], bool]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Everything a run holds open."""
+
+    config: RunConfig
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+    calibration: CalibrationSet
+    ledger: Ledger
+    model_directory: Path
+    progress: Progress
+
+
+def run(config: RunConfig, progress: Progress, stop_asked: StopAsked) -> Report:
+    """Prune a model as configured, or go on where an earlier run of the same configuration ended.
+
+    Raises RunStopped after `stop_asked()` has turned true, once the block at hand is committed; every SecateurError
+    leaves the run directory so that the run can be started again.
+    """
+    with RunLock(config.output), open_job(config, progress) as job:
+        _evaluate(job, "before")
+        prune_blocks(job, stop_asked)
+        assemble(job.skeleton, job.ledger, job.model_directory, provenance(job))
+        _evaluate(job, "after")
+        report = build_report(job.ledger, job.skeleton.num_blocks, job.skeleton.device)
+        directory = config.output / "report"
+        directory.mkdir(exist_ok=True)
+        write_atomically(directory / REPORT, json.dumps(report.as_json(), indent=2).encode() + b"\n")
+        return report
+
+
+@contextmanager
+def open_job(config: RunConfig, progress: Progress) -> Iterator[Job]:
+    """Open the source, load the calibration tokens, and open or begin the ledger."""
+    directory = model_directory_of(config)
+    with closing(Checkpoint.open(directory)) as checkpoint:
+        device = choose_device(config.compute.device)
+        stored = next(entry.dtype for entry in checkpoint.tensors.values() if len(entry.shape) == 2)
+        skeleton = Skeleton(checkpoint, device, choose_dtype(config.compute.dtype, device, stored))
+        calibration = load_calibration(config.calibration, directory, skeleton.vocab_size)
+        ledger = Ledger.open(config.output, header_of(config, skeleton, calibration))
+        write_atomically(config.output / "config.yaml", yaml.safe_dump(resolved(config), sort_keys=False).encode())
+        model_directory = config.output / "model"
+        model_directory.mkdir(exist_ok=True)
+        remove_leftovers(model_directory)
+        yield Job(
+            config=config, checkpoint=checkpoint, skeleton=skeleton, calibration=calibration, ledger=ledger,
+            model_directory=model_directory, progress=progress,
+        )  # fmt: skip
+
+
+def model_directory_of(config: RunConfig) -> Path:
+    """Return the directory of the model to prune, fetching it from the hub if asked."""
+    if config.model.path is not None:
+        return config.model.path
+    assert config.model.hub is not None
+    return fetch_model(config.model.hub, config.model.revision)
+
+
+def header_of(config: RunConfig, skeleton: Skeleton, calibration: CalibrationSet) -> Header:
+    """Return what determines the output's bytes: a resumed run must agree with it."""
+    plain = resolved(config)
+    compute: dict[str, JsonValue] = {
+        "device": skeleton.device.type,
+        "dtype": str(skeleton.dtype).removeprefix("torch."),
+        "batch": config.compute.batch,
+    }
+    return Header(
+        config={"prune": plain["prune"], "compute": compute},
+        source=skeleton.checkpoint.fingerprint(),
+        calibration=calibration.sha256,
+        versions={
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("secateur", "torch", "transformers")},
+        },
+    )
+
+
+def prune_blocks(job: Job, stop_asked: StopAsked) -> None:
+    """Prune every block the ledger does not hold yet."""
+    remaining = job.ledger.remaining(job.skeleton.num_blocks)
+    if not remaining:
+        return
+    recipe = job.config.prune.steps
+    first = embed_calibration(job)
+    dense = Boundary.copy_of(first) if recipe.needs_dense_stream else None
+    order = Order(
+        recipe=recipe, sparsity=job.config.prune.target, skip=job.config.prune.skip, batch=job.config.compute.batch
+    )
+    stage = Stage(
+        job.skeleton, order, Streams(pruned=first, dense=dense), job.model_directory, job.progress
+    )
+    replay_committed(job, stage, remaining.start)
+    job.progress.begin("prune", job.skeleton.num_blocks, remaining.start)
+    for index in remaining:
+        commit, watch = stage.prune_block(index)
+        job.ledger.commit(commit)
+        if stop_asked() and index + 1 < job.skeleton.num_blocks:
+            raise stopped(job, index + 1)
+        stage.propagate(index, watch)
+        job.ledger.record(f"propagate.{index}", watch.seconds["propagate"])
+        job.progress.advance(index, f"error {commit.error:.4f}, {human_seconds(sum(watch.seconds.values()))}")
+    job.progress.end()
+
+
+def replay_committed(job: Job, stage: Stage, num_committed: int) -> None:
+    """Rebuild the hidden states at the first block to do, from the blocks already committed."""
+    if num_committed == 0:
+        return
+    job.progress.say(f"{num_committed} of {job.skeleton.num_blocks} blocks are committed; going on from there")
+    job.progress.begin("replay", num_committed, 0)
+    for index in range(num_committed):
+        stage.replay(index, job.ledger.commits[index])
+        job.progress.advance(index, "")
+    job.progress.end()
+
+
+def stopped(job: Job, num_committed: int) -> RunStopped:
+    """Say how far the run came and how it goes on."""
+    return RunStopped(
+        f"stopped as asked: {num_committed} of {job.skeleton.num_blocks} blocks are committed in "
+        f"{job.config.output}. Go on with: secateur run {job.config.output}"
+    )
+
+
+def embed_calibration(job: Job) -> Boundary:
+    """Return boundary 0: the calibration sequences as they enter the first block."""
+    stream = Stream(job.skeleton, job.checkpoint)
+    tokens_NT = job.calibration.tokens_NT
+    boundary = Boundary(*tokens_NT.shape, stream.num_features, job.skeleton.dtype)
+    with torch.no_grad(), stream.outside_weights():
+        for sequences in boundary.batches(job.config.compute.batch):
+            boundary.write(sequences, stream.embed(tokens_NT[sequences]), "the embedding")
+    return boundary
+
+
+def provenance(job: Job) -> dict[str, JsonValue]:
+    """Return what the model directory says about how it was made."""
+    commits = job.ledger.commits.values()
+    linears = [record for commit in commits for record in commit.linears.values()]
+    return {
+        "tool": f"secateur {version('secateur')}",
+        "settings": job.ledger.header.config,
+        "calibration": {"text": job.calibration.description, "sha256": job.calibration.sha256},
+        "source_sha256": job.ledger.header.source,
+        "pruned_weights": sum(record.pruned for record in linears),
+        "prunable_weights": sum(record.numel for record in linears),
+    }
+
+
+def _evaluate(job: Job, when: str) -> None:
+    """Record the perplexity of the source (`before`) or of the output (`after`), where asked and not known yet."""
+    wanted, name = job.config.evaluate, f"perplexity.{when}"
+    if wanted is None:
+        return
+    windows_WL = load_windows(wanted, job.checkpoint.directory)
+    text: JsonValue = {"text": describe(wanted.source), "windows": list(windows_WL.shape), "take": wanted.take}
+    known = job.ledger.notes.get(name)
+    if isinstance(known, dict) and known["on"] == text:
+        return
+    directory = job.checkpoint.directory if when == "before" else job.model_directory
+    with closing(Checkpoint.open(directory)) as checkpoint:
+        skeleton = Skeleton(checkpoint, job.skeleton.device, job.skeleton.dtype)
+        task = f"evaluate {when}"
+        perplexity = evaluate(checkpoint, windows_WL, skeleton, job.config.compute.batch, job.progress, task)
+    job.ledger.record(name, {"perplexity": perplexity, "on": text})
+    job.progress.say(f"perplexity {when}: {perplexity:.2f}")

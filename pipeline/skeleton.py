@@ -1,0 +1,213 @@
+"""A model without its weights: transformers' own module tree on the meta device, filled one block at a time.
+
+Buffers (rotary tables, embedding scales) are real; parameters exist by name and shape only, until `fill` reads
+them from a checkpoint and after `release` drops them. Checkpoint names and parameter names are matched through
+transformers' own conversion table, in both directions.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from pipeline.checkpoint import Checkpoint
+from pipeline.errors import CheckpointError, NumericsError, UnsupportedCheckpoint
+
+STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class TensorSource(Protocol):
+    """Anything that can read a tensor by its checkpoint name: a checkpoint, or one of its shards."""
+
+    def read_into(self, name: str, target: torch.Tensor) -> None:
+        """Fill `target`, converting its dtype."""
+
+
+class Skeleton:
+    """The module tree, its blocks, and which checkpoint tensor belongs to which parameter."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        self.checkpoint = checkpoint
+        self.device = device
+        self.dtype = dtype
+        self.model = build_empty(checkpoint.directory, dtype)
+        self.block_prefix, self.blocks = find_blocks(self.model)
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(device)
+        self._refuse_what_we_cannot_prune()
+        self.stored_name = self._match_names()
+        self.vocab_size: int = self.model.get_input_embeddings().num_embeddings
+
+    @property
+    def num_blocks(self) -> int:
+        """Decoder layers of the model."""
+        return len(self.blocks)
+
+    def block_names(self, index: int) -> dict[str, str]:
+        """Return, for one block, parameter name within the block -> checkpoint name, in checkpoint order."""
+        prefix = f"{self.block_prefix}.{index}."
+        return {own.removeprefix(prefix): s for own, s in self.stored_name.items() if own.startswith(prefix)}
+
+    def outside_names(self) -> list[str]:
+        """Return the checkpoint names of everything that belongs to no block, unknown tensors included."""
+        inside = {name for index in range(self.num_blocks) for name in self.block_names(index).values()}
+        return [name for name in self.checkpoint.tensors if name not in inside]
+
+    def load_block(self, index: int, source: TensorSource) -> nn.Module:
+        """Read one block's tensors into its module and return it."""
+        block: nn.Module = self.blocks[index]
+        self.fill(block, self.block_names(index), source)
+        return block
+
+    def fill(self, module: nn.Module, names: dict[str, str], source: TensorSource) -> None:
+        """Read tensors (own name -> checkpoint name) into a module. Raises NumericsError on NaN or Inf."""
+        for own, stored in names.items():
+            owner, leaf = _owner(module, own)
+            shape = self.checkpoint.tensors[stored].shape
+            tensor = torch.empty(shape, dtype=self._dtype_of(owner, leaf), device=self.device)
+            source.read_into(stored, tensor)
+            if not tensor.isfinite().all():
+                bad = int((~tensor.isfinite()).sum())
+                raise NumericsError(
+                    f"{stored} holds {bad} NaN or Inf of {tensor.numel()} numbers once read as {tensor.dtype}; a "
+                    "model with such weights cannot be pruned: check the download, or compute in float32"
+                )
+            if leaf in owner._parameters:
+                owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+            else:
+                owner._buffers[leaf] = tensor
+
+    def release(self, module: nn.Module, names: Iterable[str]) -> None:
+        """Drop tensors again: parameters go back to the meta device."""
+        for own in names:
+            owner, leaf = _owner(module, own)
+            parameter = owner._parameters.get(leaf)
+            if parameter is not None:
+                owner._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    def release_block(self, index: int) -> None:
+        """Drop one block's parameters."""
+        self.release(self.blocks[index], self.block_names(index))
+
+    def _dtype_of(self, owner: nn.Module, leaf: str) -> torch.dtype:
+        """Parameters live in the compute dtype, buffers in their own."""
+        if leaf in owner._parameters:
+            return self.dtype
+        buffer = owner._buffers[leaf]
+        assert buffer is not None
+        return buffer.dtype
+
+    def _refuse_what_we_cannot_prune(self) -> None:
+        for name, parameter in self.blocks[0].named_parameters():
+            if parameter.ndim > 2:
+                raise UnsupportedCheckpoint(
+                    f"{self.model.config.model_type}: block parameter {name} has {parameter.ndim} dimensions "
+                    f"{tuple(parameter.shape)}; only blocks made of matrices can be pruned so far, not fused "
+                    "experts or convolutions. Choose a dense model"
+                )
+
+    def _match_names(self) -> dict[str, str]:
+        """Return parameter (or persistent buffer) name -> checkpoint name, in checkpoint order."""
+        state = dict(self.model.state_dict())
+        transforms = get_model_conversion_mapping(self.model)
+        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        stored: dict[str, str] = {}
+        for name, entry in self.checkpoint.tensors.items():
+            own, converted = rename_source_key(name, renamings, converters, self.model.base_model_prefix, state)
+            if converted is not None:
+                raise UnsupportedCheckpoint(
+                    f"tensor {name} is stored in another layout than {self.model.config.model_type} has in memory "
+                    "(fused experts); such checkpoints cannot be pruned so far. Choose a dense model"
+                )
+            if own in state:
+                _check_entry(name, entry.shape, entry.dtype, tuple(state[own].shape))
+                stored[own] = name
+        self._add_tied(stored)
+        self._refuse_missing(stored)
+        return stored
+
+    def _add_tied(self, stored: dict[str, str]) -> None:
+        """A tied parameter that the checkpoint does not carry is read from the one it is tied to."""
+        if not self.model.config.tie_word_embeddings:
+            return
+        for own, tied_to in self.model.all_tied_weights_keys.items():
+            if own not in stored and tied_to in stored:
+                stored[own] = stored[tied_to]
+            elif tied_to not in stored and own in stored:
+                stored[tied_to] = stored[own]
+
+    def _refuse_missing(self, stored: dict[str, str]) -> None:
+        missing = [name for name, _ in self.model.named_parameters(remove_duplicate=False) if name not in stored]
+        if missing:
+            raise CheckpointError(
+                f"{self.checkpoint.directory} lacks {len(missing)} tensors that {self.model.config.model_type} needs, "
+                f"such as {missing[0]}; the download is incomplete, or the config.json is of another model"
+            )
+
+
+def build_empty(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Return transformers' model for a directory's config.json, parameters on the meta device, buffers real."""
+    try:
+        config: Any = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        raise UnsupportedCheckpoint(
+            f"transformers does not know the model in {directory}: {str(error).splitlines()[0]} Custom code is "
+            "never run; use a model type that this version of transformers has"
+        ) from None
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedCheckpoint(
+            f"{directory} is quantised (config.json has quantization_config); pruning needs the original "
+            "float32, bfloat16 or float16 weights: use the checkpoint it was quantised from"
+        )
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except ValueError as error:
+        raise UnsupportedCheckpoint(
+            f"{directory} ({config.model_type}) is not a causal language model: {str(error).splitlines()[0]}"
+        ) from None
+    model.eval()
+    model.config.use_cache = False
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Return the name and list of the decoder layers: the one list of transformers layers in the model."""
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == model.config.num_hidden_layers
+        and all(isinstance(block, GradientCheckpointingLayer) for block in module)
+    ]
+    if len(found) != 1:
+        raise UnsupportedCheckpoint(
+            f"{model.config.model_type} has {len(found)} lists of {model.config.num_hidden_layers} transformer "
+            "layers, where exactly one is needed; encoder-decoder and multi-tower models cannot be pruned so far"
+        )
+    return found[0]
+
+
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return module.get_submodule(path), leaf
+
+
+def _check_entry(name: str, shape: tuple[int, ...], dtype: torch.dtype, wanted: tuple[int, ...]) -> None:
+    if shape != wanted:
+        raise CheckpointError(f"{name} has shape {shape} on disk, but config.json makes it {wanted}")
+    if len(shape) >= 2 and dtype not in STORED_DTYPES:
+        raise UnsupportedCheckpoint(
+            f"{name} is stored as {dtype}; pruning needs float32, bfloat16 or float16 weights: use the checkpoint "
+            "it was quantised from"
+        )

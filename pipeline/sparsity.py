@@ -1,0 +1,159 @@
+"""How much to prune and in what pattern, and keep masks with exactly that many zeros.
+
+A keep mask is boolean, True = kept. Masks are made by choosing *indices* in a stable order (lowest score first,
+ties by position), never by comparing with a threshold, so a mask always has exactly the number of zeros asked for.
+
+Shapes: O = out features (rows), D = in features (columns), N = any number of entries.
+"""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from math import floor
+
+import torch
+
+SLAB_NUMEL = 1 << 23
+"""Scores ranked at once: bounds the temporaries of a selection to some 100 MB, whatever the matrix."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unstructured:
+    """Drop a fraction of the weights, wherever they are."""
+
+    ratio: float
+    """Fraction removed, 0 <= ratio < 1."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio < 1:
+            raise ValueError(f"sparsity is {self.ratio}; the fraction removed must be at least 0 and below 1")
+
+    def num_pruned(self, numel: int) -> int:
+        """Return floor(ratio x numel), exactly: 0.29 of 100 is 29, though 0.29 * 100 is 28.999… in floats."""
+        return floor(Fraction(repr(self.ratio)) * numel)
+
+    def __str__(self) -> str:
+        return f"{self.ratio:g}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SemiStructured:
+    """Keep `keep` of every `group` consecutive input features of a row (2:4 keeps two of four)."""
+
+    keep: int
+    group: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep < self.group:
+            raise ValueError(
+                f"pattern {self.keep}:{self.group} keeps {self.keep} of {self.group}; "
+                "the number kept must be at least 1 and below the group size"
+            )
+
+    @property
+    def ratio(self) -> float:
+        """Fraction removed."""
+        return 1 - self.keep / self.group
+
+    def num_pruned(self, numel: int) -> int:
+        """Return how many of `numel` weights are removed; `numel` is a multiple of the group."""
+        return numel // self.group * (self.group - self.keep)
+
+    def __str__(self) -> str:
+        return f"{self.keep}:{self.group}"
+
+
+Sparsity = Unstructured | SemiStructured
+
+
+def parse_sparsity(value: float | str) -> Sparsity:
+    """Read `0.5`, `"0.5"` or `"2:4"`; raises ValueError that says what is wrong."""
+    if isinstance(value, str) and ":" in value:
+        keep, _, group = value.partition(":")
+        if not (keep.strip().isdigit() and group.strip().isdigit()):
+            raise ValueError(f"pattern {value!r} is not KEPT:GROUP, two whole numbers such as 2:4")
+        return SemiStructured(keep=int(keep), group=int(group))
+    try:
+        return Unstructured(ratio=float(value))
+    except ValueError as error:
+        if "fraction removed" in str(error):
+            raise
+        raise ValueError(f"sparsity {value!r} is neither a fraction such as 0.5 nor a pattern such as 2:4") from None
+
+
+def divides(pattern: Sparsity, num_columns: int) -> bool:
+    """Tell whether the pattern fits rows of `num_columns` input features."""
+    return isinstance(pattern, Unstructured) or num_columns % pattern.group == 0
+
+
+def keep_highest(score_RN: torch.Tensor, num_pruned: int) -> torch.Tensor:
+    """Return keep_RN that drops, in every row, the `num_pruned` lowest scores; ties drop the earlier column.
+
+    Equal to dropping the first `num_pruned` of a stable ascending sort, without sorting: the order statistic is
+    found by selection, and only rows in which it is tied are looked at again. Rows are taken in slabs, so
+    temporaries stay bounded. Scores are finite floats.
+    """
+    keep_RN = torch.ones_like(score_RN, dtype=torch.bool)
+    if num_pruned == 0:
+        return keep_RN
+    rows_per_slab = max(1, SLAB_NUMEL // score_RN.shape[1])
+    for start in range(0, score_RN.shape[0], rows_per_slab):
+        rows = slice(start, start + rows_per_slab)
+        keep_RN[rows] = _keep_highest_slab(score_RN[rows], num_pruned)
+    return keep_RN
+
+
+def _keep_highest_slab(score_RN: torch.Tensor, num_pruned: int) -> torch.Tensor:
+    kth_R1 = score_RN.kthvalue(num_pruned, dim=1, keepdim=True).values
+    keep_RN = score_RN > kth_R1
+    num_kept = score_RN.shape[1] - num_pruned
+    tied_R = (keep_RN.sum(dim=1) != num_kept).nonzero().flatten()
+    if len(tied_R):
+        tied = score_RN[tied_R]
+        equal = tied == kth_R1[tied_R]
+        surplus = num_pruned - (tied < kth_R1[tied_R]).sum(dim=1, keepdim=True)
+        keep_RN[tied_R] |= equal & (equal.cumsum(dim=1) > surplus)
+    return keep_RN
+
+
+def keep_highest_in_groups(score_OD: torch.Tensor, pattern: SemiStructured) -> torch.Tensor:
+    """Return keep_OD that keeps the `pattern.keep` highest of every group; ties drop the earlier column."""
+    num_rows, num_columns = score_OD.shape
+    keep = keep_highest(score_OD.reshape(-1, pattern.group), pattern.group - pattern.keep)
+    return keep.view(num_rows, num_columns)
+
+
+def keep_by_row(score_OD: torch.Tensor, sparsity: Sparsity) -> torch.Tensor:
+    """Return keep_OD with the same number of zeros in every row, or in every group of every row."""
+    if isinstance(sparsity, SemiStructured):
+        return keep_highest_in_groups(score_OD, sparsity)
+    return keep_highest(score_OD, sparsity.num_pruned(score_OD.shape[1]))
+
+
+def keep_by_matrix(score_OD: torch.Tensor, sparsity: Sparsity) -> torch.Tensor:
+    """Return keep_OD with the asked number of zeros anywhere in the matrix (patterns stay within groups)."""
+    if isinstance(sparsity, SemiStructured):
+        return keep_highest_in_groups(score_OD, sparsity)
+    return keep_highest(score_OD.reshape(1, -1), sparsity.num_pruned(score_OD.numel())).view_as(score_OD)
+
+
+def row_ranks(score_OD: torch.Tensor) -> torch.Tensor:
+    """Return rank_OD: position of each weight in its row's stable ascending order of scores.
+
+    int16 where a row has at most 32767 entries, else int32: this is what BESA keeps per weight.
+    """
+    num_rows, num_columns = score_OD.shape
+    dtype = torch.int16 if num_columns <= torch.iinfo(torch.int16).max else torch.int32
+    rank_OD = torch.empty(num_rows, num_columns, dtype=dtype, device=score_OD.device)
+    position_D = torch.arange(num_columns, dtype=dtype, device=score_OD.device)
+    rows_per_slab = max(1, SLAB_NUMEL // num_columns)
+    for start in range(0, num_rows, rows_per_slab):
+        rows = slice(start, start + rows_per_slab)
+        order = score_OD[rows].argsort(dim=1, stable=True)
+        rank_OD[rows].scatter_(1, order, position_D.expand_as(order))
+    return rank_OD
+
+
+def holds(keep_OD: torch.Tensor, pattern: SemiStructured) -> bool:
+    """Tell whether every group keeps at most `pattern.keep` weights."""
+    kept = keep_OD.reshape(-1, pattern.group).sum(dim=1)
+    return bool((kept <= pattern.keep).all())

@@ -1,0 +1,99 @@
+"""What a method needs to know of a linear's input, gathered batch by batch and mergeable.
+
+Each statistic is `empty`, then `update`d with inputs x_TD (T tokens, D input features), and two of them over
+different tokens `merge` into the statistic of all tokens: merge of parts equals the whole.
+"""
+
+from typing import Protocol, Self
+
+import torch
+
+
+class Statistic(Protocol):
+    """A mergeable summary of a linear's inputs."""
+
+    num_tokens: int
+
+    @classmethod
+    def empty(cls, num_features: int, device: torch.device) -> Self:
+        """Return the statistic of no tokens."""
+
+    def update(self, x_TD: torch.Tensor) -> None:
+        """Add the tokens of one batch."""
+
+    def merge(self, other: Self) -> None:
+        """Add the tokens another statistic has seen."""
+
+    def is_finite(self) -> bool:
+        """Tell whether every number in it is finite."""
+
+
+class ColumnSquares:
+    """Sum of squares of every input feature: `squares_D[j] = sum_t x[t, j]^2`, in float64.
+
+    Wanda divides by the number of sequences; a constant factor never changes a ranking, so the plain sum is kept.
+    """
+
+    def __init__(self, squares_D: torch.Tensor, num_tokens: int) -> None:
+        self.squares_D = squares_D
+        self.num_tokens = num_tokens
+
+    @classmethod
+    def empty(cls, num_features: int, device: torch.device) -> Self:
+        """Return the statistic of no tokens."""
+        return cls(torch.zeros(num_features, dtype=torch.float64, device=device), 0)
+
+    def update(self, x_TD: torch.Tensor) -> None:
+        """Add the tokens of one batch; squares are taken in float32, summed in float64."""
+        self.squares_D += x_TD.float().square().sum(dim=0, dtype=torch.float64)
+        self.num_tokens += x_TD.shape[0]
+
+    def merge(self, other: Self) -> None:
+        """Add the tokens another statistic has seen."""
+        self.squares_D += other.squares_D
+        self.num_tokens += other.num_tokens
+
+    def is_finite(self) -> bool:
+        """Tell whether every sum is finite."""
+        return bool(self.squares_D.isfinite().all())
+
+
+class Gram:
+    """Inner products of all pairs of input features: `gram_DD = sum_t x_t x_t^T`, in float32.
+
+    SparseGPT's Hessian is this times 2/N; the method is homogeneous in it, so the plain sum is kept.
+    """
+
+    def __init__(self, gram_DD: torch.Tensor, num_tokens: int) -> None:
+        self.gram_DD = gram_DD
+        self.num_tokens = num_tokens
+
+    @classmethod
+    def empty(cls, num_features: int, device: torch.device) -> Self:
+        """Return the statistic of no tokens."""
+        return cls(torch.zeros(num_features, num_features, dtype=torch.float32, device=device), 0)
+
+    def update(self, x_TD: torch.Tensor) -> None:
+        """Add the tokens of one batch, in float32."""
+        x_TD = x_TD.float()
+        self.gram_DD.addmm_(x_TD.T, x_TD)
+        self.num_tokens += x_TD.shape[0]
+
+    def merge(self, other: Self) -> None:
+        """Add the tokens another statistic has seen."""
+        self.gram_DD += other.gram_DD
+        self.num_tokens += other.num_tokens
+
+    def is_finite(self) -> bool:
+        """Tell whether every product is finite (a NaN or Inf input always reaches the diagonal)."""
+        return bool(self.gram_DD.diagonal().isfinite().all())
+
+
+def relative_error(output_BTD: torch.Tensor, target_BTD: torch.Tensor) -> torch.Tensor:
+    """Return the mean over channels of |Y - Y_ref|^2 / |Y_ref|^2, float32; channels that are zero count as 0.
+
+    BESA's reconstruction error (released code, `l2_loss`); differentiable in the output.
+    """
+    difference_D = (output_BTD.float() - target_BTD.float()).square().sum(dim=(0, 1))
+    power_D = target_BTD.float().square().sum(dim=(0, 1))
+    return (difference_D / power_D.clamp_min(torch.finfo(torch.float32).tiny)).mean()

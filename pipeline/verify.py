@@ -1,0 +1,136 @@
+"""Re-read a pruned model from disk and hold it against its source and its ledger.
+
+Names, shapes, dtypes; every unpruned tensor byte for byte; every pruned tensor's zero count, pattern and, where
+it was only masked, its kept weights; the hash of every shard. Nothing is taken from memory of the run.
+"""
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipeline.assemble import OUTSIDE
+from pipeline.checkpoint import Checkpoint
+from pipeline.errors import VerificationError
+from pipeline.ledger import Commit, Ledger, LinearRecord
+from pipeline.linears import find_linears
+from pipeline.progress import Progress
+from pipeline.shards import hash_file
+from pipeline.skeleton import Skeleton
+from pipeline.sparsity import SemiStructured, Sparsity, holds, parse_sparsity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """What was checked."""
+
+    tensors: int
+    identical_tensors: int
+    """Tensors equal to their source byte for byte."""
+
+    pruned_tensors: int
+    pruned_weights: int
+    prunable_weights: int
+    bytes_read: int
+
+
+def verify(run_directory: Path, source: Path, progress: Progress) -> Verification:
+    """Check a finished run against its source; raises VerificationError that lists every discrepancy."""
+    ledger = Ledger.read(run_directory)
+    directory = run_directory / "model"
+    with closing(Checkpoint.open(directory)) as output, closing(Checkpoint.open(source)) as original:
+        skeleton = Skeleton(original, torch.device("cpu"), torch.float32)
+        problems = _names_and_shapes(output, original)
+        if not problems:
+            problems = [*_hashes(ledger, directory), *_contents(ledger, skeleton, output, progress)]
+        if problems:
+            listed = "\n  ".join(problems[:20])
+            raise VerificationError(
+                f"{directory} is not what its ledger says, {len(problems)} discrepancies:\n  {listed}\n"
+                "Do not use it; prune again in a new output directory"
+            )
+        records = [record for commit in ledger.commits.values() for record in commit.linears.values()]
+        return Verification(
+            tensors=len(output.tensors),
+            identical_tensors=len(output.tensors) - len(records),
+            pruned_tensors=len(records),
+            pruned_weights=sum(record.pruned for record in records),
+            prunable_weights=sum(record.numel for record in records),
+            bytes_read=output.total_bytes() + original.total_bytes(),
+        )
+
+
+def _names_and_shapes(output: Checkpoint, original: Checkpoint) -> list[str]:
+    problems = [f"tensor {name} of the source is missing" for name in original.tensors if name not in output.tensors]
+    problems += [f"tensor {name} is not in the source" for name in output.tensors if name not in original.tensors]
+    for name in output.tensors.keys() & original.tensors.keys():
+        found, wanted = output.tensors[name], original.tensors[name]
+        if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
+            problems.append(f"{name} is {found.dtype} {found.shape}, its source {wanted.dtype} {wanted.shape}")
+    return problems
+
+
+def _hashes(ledger: Ledger, directory: Path) -> Iterator[str]:
+    receipts = {commit.file: commit.sha256 for commit in ledger.commits.values()}
+    outside = ledger.notes.get(OUTSIDE)
+    if isinstance(outside, dict):
+        receipts[str(outside["file"])] = str(outside["sha256"])
+    for file, sha256 in receipts.items():
+        found = hash_file(directory / file)
+        if found != sha256:
+            yield f"{file} has sha256 {found[:12]}…, the ledger says {sha256[:12]}…"
+
+
+def _contents(ledger: Ledger, skeleton: Skeleton, output: Checkpoint, progress: Progress) -> Iterator[str]:
+    """Compare tensor by tensor, one of each model in memory at a time."""
+    prune = ledger.header.config["prune"]
+    assert isinstance(prune, dict)
+    sparsity = parse_sparsity(prune["sparsity"])  # type: ignore[arg-type]  # validated before it was written
+    progress.begin("verify", skeleton.num_blocks, 0)
+    for name in skeleton.outside_names():
+        yield from _identical(skeleton.checkpoint, output, name)
+    for index in range(skeleton.num_blocks):
+        progress.phase(index, "verify")
+        if index not in ledger.commits:
+            yield f"block {index} has no commit in the ledger"
+            continue
+        yield from _block(ledger.commits[index], skeleton, index, output, sparsity)
+        progress.advance(index, "")
+    progress.end()
+
+
+def _block(
+    commit: Commit, skeleton: Skeleton, index: int, output: Checkpoint, sparsity: Sparsity
+) -> Iterator[str]:
+    linears = {linear.parameter: linear for linear in find_linears(skeleton.blocks[index])}
+    for own, name in skeleton.block_names(index).items():
+        linear = linears.get(own)
+        if linear is None or linear.name not in commit.linears:
+            yield from _identical(skeleton.checkpoint, output, name)
+            continue
+        record = commit.linears[linear.name]
+        pruned = linear.to_rows(output.read(name))
+        yield from _pruned(name, pruned, linear.to_rows(skeleton.checkpoint.read(name)), record, sparsity)
+
+
+def _pruned(
+    name: str, pruned_OD: torch.Tensor, source_OD: torch.Tensor, record: LinearRecord, sparsity: Sparsity
+) -> Iterator[str]:
+    kept_OD = pruned_OD != 0
+    zeros = pruned_OD.numel() - int(kept_OD.sum())
+    if zeros != record.zeros or zeros < record.pruned:
+        yield f"{name} has {zeros} zeros, the ledger says {record.zeros} ({record.pruned} pruned)"
+    if not pruned_OD.isfinite().all():
+        yield f"{name} holds NaN or Inf"
+    if isinstance(sparsity, SemiStructured) and not holds(kept_OD, sparsity):
+        yield f"{name} breaks the {sparsity} pattern"
+    if not record.rewritten and not torch.equal(pruned_OD[kept_OD], source_OD[kept_OD]):
+        yield f"{name} was only to be masked, but kept weights differ from the source"
+
+
+def _identical(original: Checkpoint, output: Checkpoint, name: str) -> Iterator[str]:
+    pairs = zip(original.chunks(name), output.chunks(name), strict=True)
+    if not all(left == right for left, right in pairs):
+        yield f"{name} was not pruned, but differs from its source"

@@ -1,0 +1,192 @@
+"""The header of a safetensors file: each rule of the format, and no bytes that do anything but parse or be refused."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.errors import MalformedShard
+from pipeline.header import MAX_HEADER_BYTES, build_header
+from pipeline.shards import ShardReader, read_header
+
+
+def fields(dtype: object, shape: object, offsets: object) -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+def file_bytes(header: object, data: bytes) -> bytes:
+    content = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(content).to_bytes(8, "little") + content + data
+
+
+PAIR: dict[str, Any] = {"a": fields("F32", [2], [0, 8]), "b": fields("BF16", [3, 1], [8, 14])}
+VALID = file_bytes({"__metadata__": {"format": "pt"}} | PAIR, bytes(range(14)))
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One path, written anew by every example."""
+    return tmp_path_factory.mktemp("header") / "x.safetensors"
+
+
+def test_entries_come_in_the_order_of_the_file_with_absolute_offsets(scratch: Path) -> None:
+    header = {"late": fields("I64", [1], [4, 12]), "empty": fields("F16", [0, 7], [4, 4])}
+    scratch.write_bytes(file_bytes(header | {"early": fields("F32", [], [0, 4])}, bytes(12)))
+    entries = read_header(scratch)
+    data_start = scratch.stat().st_size - 12
+    assert list(entries) == ["early", "empty", "late"]
+    assert entries["early"].shape == ()
+    assert (entries["empty"].start, entries["empty"].num_bytes) == (data_start + 4, 0)
+    assert (entries["late"].dtype, entries["late"].start) == (torch.int64, data_start + 4)
+
+
+def test_a_file_without_tensors_parses(scratch: Path) -> None:
+    scratch.write_bytes(file_bytes({}, b""))
+    assert read_header(scratch) == {}
+
+
+def test_unknown_keys_are_ignored_as_the_format_s_library_does(scratch: Path) -> None:
+    scratch.write_bytes(file_bytes({"a": fields("U8", [1], [0, 1]) | {"note": None}}, b"x"))
+    assert list(read_header(scratch)) == ["a"]
+
+
+TWICE = b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}, "a": 1}'
+
+REFUSED = {
+    "shorter than its length": (b"1234567", "it has 7 bytes, and the header's length alone takes 8"),
+    "header over the limit": ((10**8 + 1).to_bytes(8, "little"), "announces a header of 100,000,001 bytes; at most"),
+    "header longer than file": (VALID[:50], "bytes, and 42 bytes follow: it is cut short"),
+    "not text": (file_bytes(b"\xff\xfe", b""), "not JSON with unique names"),
+    "not JSON": (file_bytes(b"{", b""), "not JSON with unique names"),
+    "JSON too deep": (file_bytes(b"[" * 200_000, b""), "not JSON with unique names"),
+    "a number too long": (file_bytes(b"9" * 5000, b""), "not JSON with unique names"),
+    "not an object": (file_bytes([PAIR], b""), "its header is a JSON list, not an object"),
+    "a name twice": (file_bytes(TWICE, b"x"), "not JSON with unique names .'a' appears twice"),
+    "a name that is no text": (file_bytes(b'{"\\ud800": 1}', b""), "not JSON with unique names .*surrogate"),
+    "a tensor that is no object": (file_bytes({"a": 1}, b""), "'a' lacks a dtype, a shape or data_offsets"),
+    "a key missing": (file_bytes({"a": {"dtype": "U8", "shape": []}}, b""), "'a' lacks a dtype, a shape or data_off"),
+    "unknown dtype": (file_bytes({"a": fields("F4", [2], [0, 1])}, b"x"), "'a' has the unknown dtype 'F4'; known are"),
+    "dtype that is no text": (file_bytes({"a": fields(["F32"], [1], [0, 4])}, bytes(4)), "the unknown dtype .'F32'."),
+    "negative size": (file_bytes({"a": fields("U8", [-1], [0, 1])}, b"x"), r"has the shape \[-1\]; it must list sizes"),
+    "size that is no integer": (file_bytes({"a": fields("U8", [1.0], [0, 1])}, b"x"), r"has the shape \[1.0\]"),
+    "size that is a bool": (file_bytes({"a": fields("U8", [True], [0, 1])}, b"x"), r"has the shape \[True\]"),
+    "shape that is no list": (file_bytes({"a": fields("U8", 1, [0, 1])}, b"x"), "has the shape 1;"),
+    "shape over 64 bits": (file_bytes({"a": fields("U8", [2**62, 4, 0], [0, 0])}, b""), "it must list sizes"),
+    "negative offset": (file_bytes({"a": fields("U8", [1], [-1, 0])}, b"x"), r"data_offsets \[-1, 0\]; .* none negative"),
+    "three offsets": (file_bytes({"a": fields("U8", [1], [0, 1, 1])}, b"x"), "must be two offsets"),
+    "offsets backwards": (file_bytes({"a": fields("U8", [1], [1, 0])}, b"x"), "1 bytes, but its offsets span -1"),
+    "size not dtype times shape": (
+        file_bytes({"a": fields("F32", [3], [0, 8])}, bytes(8)),
+        r"'a' is F32 \[3\], 12 bytes, but its offsets span 8",
+    ),
+    "overlap": (
+        file_bytes(PAIR | {"b": fields("BF16", [3, 1], [6, 12])}, bytes(12)),
+        "'b' overlaps the one before it by 2 bytes",
+    ),
+    "hole": (
+        file_bytes(PAIR | {"b": fields("BF16", [3, 1], [10, 16])}, bytes(16)),
+        "a hole of 2 bytes lies before tensor 'b'",
+    ),
+    "hole before the first": (
+        file_bytes({"a": fields("U8", [1], [1, 2])}, b"xy"), "a hole of 1 bytes lies before tensor 'a'"
+    ),
+    "offsets out of range": (file_bytes({"a": fields("U8", [1], [10**15, 10**15 + 1])}, b"x"), "a hole of 1,000,000"),
+    "truncated": (VALID[:-3], f"tensors need {len(VALID)} bytes, and it has {len(VALID) - 3}: it is cut short"),
+    "trailing": (VALID + b"??", "2 bytes lie after its last tensor"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_file_that_breaks_a_rule_is_refused_by_name(case: str, tmp_path: Path) -> None:
+    content, message = REFUSED[case]
+    path = tmp_path / "broken.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(
+        MalformedShard, match=rf"broken.safetensors is not a sound safetensors file: .*{message}"
+    ):
+        read_header(path)
+
+
+def test_a_header_of_just_the_limit_is_only_too_long_for_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(MAX_HEADER_BYTES.to_bytes(8, "little"))
+    with pytest.raises(MalformedShard, match="100,000,000 bytes, and 0 bytes follow"):
+        read_header(path)
+
+
+def parses_wholly_or_is_refused(path: Path, content: bytes) -> None:
+    """The law of both fuzzers: MalformedShard and nothing else, or entries that tile the file and can be read."""
+    path.write_bytes(content)
+    try:
+        reader = ShardReader(path)
+    except MalformedShard:
+        return
+    with reader:
+        end = 8 + int.from_bytes(content[:8], "little")
+        for entry in reader.entries.values():
+            assert entry.start == end
+            assert entry.num_bytes == math.prod(entry.shape) * entry.dtype.itemsize
+            assert reader.read(entry.name).shape == entry.shape
+            end += entry.num_bytes
+        assert end == len(content)
+
+
+EDITS = st.lists(
+    st.tuples(st.integers(0, len(VALID)), st.integers(0, 3), st.binary(max_size=3)), min_size=1, max_size=4
+)
+
+
+@given(EDITS)
+@settings(max_examples=300, deadline=None)
+def test_random_edits_of_a_valid_file_parse_or_are_refused(
+    scratch: Path, edits: list[tuple[int, int, bytes]]
+) -> None:
+    content = VALID
+    for position, num_removed, inserted in edits:
+        content = content[:position] + inserted + content[position + num_removed :]
+    parses_wholly_or_is_refused(scratch, content)
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.floats()
+    | st.text(max_size=4)
+    | st.sampled_from([-1, 0, 1, 8, 14, 2**63, 10**400]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=5,
+)
+SLOTS = [("a",), ("b",), ("__metadata__",), *((name, key) for name in PAIR for key in fields(0, 0, 0))]
+
+
+@given(st.sampled_from(SLOTS), JSON)
+@settings(max_examples=300, deadline=None)
+def test_any_value_anywhere_in_a_header_parses_or_is_refused(
+    scratch: Path, slot: tuple[str, ...], value: object
+) -> None:
+    header = json.loads(json.dumps(PAIR))
+    place = header[slot[0]] if len(slot) == 2 else header
+    place[slot[-1]] = value
+    parses_wholly_or_is_refused(scratch, file_bytes(header, bytes(14)))
+
+
+def test_a_built_header_is_padded_so_that_tensors_begin_at_a_multiple_of_8() -> None:
+    for name in ("a", "ab", "schön", "x" * 9):
+        header = build_header([(name, torch.float32, (2, 3)), ("z", torch.bool, ())])
+        assert len(header) % 8 == 0
+        assert json.loads(header[8:]) == {
+            "__metadata__": {"format": "pt"},
+            name: fields("F32", [2, 3], [0, 24]),
+            "z": fields("BOOL", [], [24, 25]),
+        }
+
+
+@pytest.mark.parametrize("name", ["a", "__metadata__"])
+def test_a_name_is_written_once(name: str) -> None:
+    with pytest.raises(AssertionError, match=f"two tensors are named '{name}'"):
+        build_header([("a", torch.int8, ()), (name, torch.int8, ())])
