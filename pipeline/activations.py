@@ -8,17 +8,23 @@ from pipeline.errors import NumericsError
 
 
 class Boundary:
-    """One preallocated hidden_NTD (N sequences, T tokens, D features) in the compute dtype, read and written by batch."""
+    """One preallocated hidden_NTD (N sequences, T tokens, D features), read and written batch by batch."""
 
-    def __init__(self, num_sequences: int, num_tokens: int, num_features: int, dtype: torch.dtype) -> None:
-        self.hidden_NTD = torch.empty(num_sequences, num_tokens, num_features, dtype=dtype)
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+        self.hidden_NTD = torch.empty(shape, dtype=dtype)
 
     @classmethod
     def copy_of(cls, other: "Boundary") -> "Boundary":
         """Return an independent boundary with the same hidden states."""
-        copy = cls(*other.hidden_NTD.shape, other.hidden_NTD.dtype)
+        copy = cls(other.shape, other.hidden_NTD.dtype)
         copy.hidden_NTD.copy_(other.hidden_NTD)
         return copy
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """N, T, D."""
+        num_sequences, num_tokens, num_features = self.hidden_NTD.shape
+        return num_sequences, num_tokens, num_features
 
     @property
     def num_sequences(self) -> int:

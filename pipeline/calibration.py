@@ -91,9 +91,7 @@ def load_calibration(config: CalibrationConfig, tokenizer_directory: Path, vocab
     return CalibrationSet(tokens_NT=tokens_NT, sha256=digest(tokens_NT), description=_description(config))
 
 
-def text_windows(
-    text: str, tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None
-) -> torch.Tensor:
+def text_windows(text: str, tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None) -> torch.Tensor:
     """The text, tokenised whole, cut from its start into windows that do not overlap: int64 [W, length].
 
     W is as many as fit, at most `limit`; what is left over at the end is dropped. Raises CalibrationError
@@ -161,9 +159,7 @@ def _cut(ids: torch.Tensor, length: int) -> torch.Tensor:
     return ids[: num_windows * length].view(num_windows, length)
 
 
-def _text_sequences(
-    config: CalibrationConfig, source: TextSource, tokenizer: PreTrainedTokenizerBase
-) -> torch.Tensor:
+def _text_sequences(config: CalibrationConfig, source: TextSource, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     texts = documents(source)
     if isinstance(source, str | TextFile):
         ids = _tokenise(next(texts), tokenizer)
@@ -172,11 +168,7 @@ def _text_sequences(
     else:
         ids = _tokenise_enough(texts, tokenizer, config.sequences * config.tokens)
     _require_enough(config, len(ids))
-    return (
-        _random_windows(config, ids)
-        if config.draws_randomly
-        else _cut(ids, config.tokens)[: config.sequences]
-    )
+    return _random_windows(config, ids) if config.draws_randomly else _cut(ids, config.tokens)[: config.sequences]
 
 
 def _require_enough(config: CalibrationConfig, have: int) -> None:

@@ -62,7 +62,7 @@ class Checkpoint:
         index and the shards disagree, UnsupportedCheckpoint where the weights are pickled, MalformedShard.
         """
         if not directory.is_dir():
-            raise CheckpointError(f"{directory} does not exist or is no directory: it must be the directory of a model")
+            raise CheckpointError(f"{directory} is no directory: give the one that holds the model")
         if not (directory / "config.json").is_file():
             raise CheckpointError(f"{directory} has no config.json, so it is not a whole model directory")
         # The order of transformers: where both exist, it loads the single file.
@@ -99,6 +99,10 @@ class Checkpoint:
     def total_bytes(self) -> int:
         """The size of all tensors as stored."""
         return sum(entry.num_bytes for entry in self.tensors.values())
+
+    def matrix_dtype(self) -> torch.dtype:
+        """The dtype of the first matrix: what the model's weights are stored in."""
+        return next((entry.dtype for entry in self.tensors.values() if len(entry.shape) == 2), torch.float32)
 
     def fingerprint(self) -> str:
         """A sha256 (hexadecimal) that changes with config.json and with any shard's name, size or header.
@@ -219,8 +223,7 @@ def _indexed_headers(directory: Path, weight_map: dict[str, str]) -> dict[str, d
                     "which one counts cannot be known; remove one"
                 )
     return {
-        file: {name: entry for name, entry in header.items() if name in weight_map}
-        for file, header in headers.items()
+        file: {name: entry for name, entry in header.items() if name in weight_map} for file, header in headers.items()
     }
 
 

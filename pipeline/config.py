@@ -96,7 +96,7 @@ class EvaluateConfig(Section):
     """Text to evaluate on; `text: FILE` may stand here directly."""
 
     take: Literal["first", "last"] = "first"
-    """Which end of the text the windows come from; `last` holds them out of a calibration that starts at the first."""
+    """Which end of the text the windows come from; `last` keeps clear of a calibration that takes the first."""
 
     sequence_length: int = Field(default=512, ge=2)
     """Tokens per window."""
@@ -187,14 +187,14 @@ def _describe(details: ErrorDetails) -> list[str]:
 
 
 def _nearest(location: tuple[int | str, ...]) -> str:
+    """Suggest a known key for an unknown one at `location`, where its section is one of ours."""
     section: Any = RunConfig
     for part in location[:-1]:
-        field = section.model_fields.get(part) if isinstance(section, type) else None
-        section = field.annotation if field is not None else None
+        inside = isinstance(section, type) and issubclass(section, BaseModel) and part in section.model_fields
+        section = section.model_fields[str(part)].annotation if inside else None
+    if section == EvaluateConfig | None:
+        section = EvaluateConfig
     if not (isinstance(section, type) and issubclass(section, BaseModel)):
-        section = EvaluateConfig if location[0] == "evaluate" else None
-    if section is None:
         return ""
     near = get_close_matches(str(location[-1]), section.model_fields, n=1)
-    known = ", ".join(section.model_fields)
-    return f"; did you mean {near[0]!r}?" if near else f"; known keys: {known}"
+    return f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(section.model_fields)}"

@@ -152,8 +152,7 @@ def _require_room(directory: Path) -> None:
 def _require_gguf() -> None:
     if importlib.util.find_spec("gguf") is None:
         raise SecateurError(
-            "the package gguf, which reads the demo model's file, is not installed; "
-            "run: pip install 'secateur[demo]'"
+            "the package gguf, which reads the demo model's file, is not installed; run: pip install 'secateur[demo]'"
         )
 
 

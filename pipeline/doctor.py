@@ -51,7 +51,7 @@ def examine(
     """Look at everything a run depends on. Takes a few seconds.
 
     `spool` need not exist: its nearest existing parent is examined. `disk_bytes` are written and read there,
-    then gone. `matmul_size` is the side of the square matrices multiplied on `device`; by default that is the
+    then gone. `matmul_size` is the side of the square matrix multiplied on `device`; by default the
     accelerator, if there is one, with a size that keeps it busy.
     """
     device = device or _best_device()
@@ -194,9 +194,7 @@ def _matmul(device: torch.device, size: int, dtype: torch.dtype) -> Finding:
     try:
         flops = 2 * size**3 / _matmul_seconds(device, size, dtype)
     except RuntimeError as error:  # the device has no such arithmetic, or no room for the matrices
-        return Finding(
-            name=name, value=f"fails: {error}", ok=False, advice="set compute.dtype to another type"
-        )
+        return Finding(name=name, value=f"fails: {error}", ok=False, advice="set compute.dtype to another type")
     return _fact(name, f"{flops / 1e12:.3g} TFLOP/s")
 
 

@@ -55,12 +55,17 @@ def load_windows(config: EvaluateConfig, tokenizer_directory: Path) -> torch.Ten
 
 
 def evaluate(
-    checkpoint: Checkpoint, windows_WL: torch.Tensor, skeleton: Skeleton, batch: int, progress: Progress, task: str
+    checkpoint: Checkpoint,
+    windows_WL: torch.Tensor,
+    skeleton: Skeleton,
+    batch: int,
+    progress: Progress,
+    task: str,
 ) -> float:
     """Return the perplexity of a checkpoint on windows_WL. The skeleton is made for that checkpoint."""
     require_in_vocabulary(windows_WL, skeleton.vocab_size, "the evaluation text")
     stream = Stream(skeleton, checkpoint)
-    boundary = Boundary(*windows_WL.shape, stream.num_features, skeleton.dtype)
+    boundary = Boundary((len(windows_WL), windows_WL.shape[1], stream.num_features), skeleton.dtype)
     progress.begin(task, skeleton.num_blocks, 0)
     with torch.no_grad(), stream.outside_weights():
         for rows in boundary.batches(batch):

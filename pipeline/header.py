@@ -61,9 +61,7 @@ def read_header_bytes(fd: int, path: Path) -> bytes:
     prefix = os.pread(fd, 8, 0)
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER_BYTES:
-        raise malformed(
-            path, f"it announces a header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} may be"
-        )
+        raise malformed(path, f"it announces a header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} may be")
     if length > file_size - 8:
         raise malformed(
             path,
@@ -106,15 +104,11 @@ def _parse_entry(name: str, fields: Any, data_start: int, path: Path) -> TensorE
         raise malformed(path, f"tensor {name!r} lacks a dtype, a shape or data_offsets")
     code, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES:
-        raise malformed(
-            path, f"tensor {name!r} has the unknown dtype {code!r}; known are {', '.join(DTYPES)}"
-        )
+        raise malformed(path, f"tensor {name!r} has the unknown dtype {code!r}; known are {', '.join(DTYPES)}")
     if not _are_sizes(shape) or math.prod(max(size, 1) for size in shape) >= 2**63:
         raise malformed(path, f"tensor {name!r} has the shape {shape!r}; it must list sizes, none negative")
     if not _are_sizes(offsets) or len(offsets) != 2:
-        raise malformed(
-            path, f"tensor {name!r} has data_offsets {offsets!r}; they must be two offsets, none negative"
-        )
+        raise malformed(path, f"tensor {name!r} has data_offsets {offsets!r}; they must be two offsets, none negative")
     begin, end = offsets
     num_bytes = math.prod(shape) * DTYPES[code].itemsize
     if end - begin != num_bytes:
@@ -122,9 +116,7 @@ def _parse_entry(name: str, fields: Any, data_start: int, path: Path) -> TensorE
             path,
             f"tensor {name!r} is {code} {shape}, {num_bytes:,} bytes, but its offsets span {end - begin:,}",
         )
-    return TensorEntry(
-        name=name, dtype=DTYPES[code], shape=tuple(shape), start=data_start + begin, num_bytes=num_bytes
-    )
+    return TensorEntry(name=name, dtype=DTYPES[code], shape=tuple(shape), start=data_start + begin, num_bytes=num_bytes)
 
 
 def _are_sizes(values: Any) -> bool:
@@ -136,9 +128,7 @@ def _check_layout(entries: list[TensorEntry], data_start: int, file_size: int, p
     end = data_start
     for entry in entries:
         if entry.start < end:
-            raise malformed(
-                path, f"tensor {entry.name!r} overlaps the one before it by {end - entry.start:,} bytes"
-            )
+            raise malformed(path, f"tensor {entry.name!r} overlaps the one before it by {end - entry.start:,} bytes")
         if entry.start > end:
             raise malformed(path, f"a hole of {entry.start - end:,} bytes lies before tensor {entry.name!r}")
         end += entry.num_bytes

@@ -173,25 +173,27 @@ class Ledger:
             try:
                 self._take(fields, first=number == 1)
             except ValueError as error:
-                way_out = "start again in a new output directory"
-                raise RunDirectoryError(f"{self._path}, line {number} {error}; {way_out}") from error
+                raise RunDirectoryError(
+                    f"{self._path}, line {number}: {error}; was it changed, or written by a newer version of "
+                    "secateur? start again in a new output directory"
+                ) from error
             self._num_good_bytes += len(line)
 
     def _take(self, fields: dict[str, JsonValue] | None, *, first: bool) -> None:
         """Put the facts of one line where they belong. Raises `ValueError` (pydantic's too) if it cannot."""
         match fields:
             case None:
-                raise ValueError("is damaged: cut short or with a wrong checksum, and not by a crash")
+                raise ValueError("damaged, cut short or with a wrong checksum, and not by a crash")
             case {"kind": "header"} if first:
                 self.header = TypeAdapter(Header).validate_python(fields)
             case {"kind": "commit"} if not first:
                 commit = TypeAdapter(Commit).validate_python(fields)
                 if self.commits.setdefault(commit.block, commit) is not commit:
-                    raise ValueError(f"is damaged: it commits block {commit.block} a second time")
+                    raise ValueError(f"damaged, it commits block {commit.block} a second time")
             case {"kind": "note", "name": str(name), "value": value} if not first:
                 self.notes[name] = value
             case _:
-                raise ValueError(f"cannot stand there: {fields}; is it of a newer version of secateur?")
+                raise ValueError(f"a line of the kind {fields.get('kind')!r} is unknown, or out of place")
 
     def _compare(self, asked: Header) -> None:
         """Raise `ConfigChanged`, listing every difference, unless `asked` is the header found."""

@@ -98,7 +98,7 @@ class Collector:
         for name, statistics in self._statistics.items():
             if not all(statistic.is_finite() for statistic in statistics.values()):
                 raise NumericsError(
-                    f"hidden states at the input of {block_name}.{name} hold NaN or Inf; nothing of this block was "
+                    f"hidden states at the input of {block_name}.{name} hold NaN or Inf; nothing of it was "
                     "written. Compute in float32 (`compute.dtype: float32`), or check the model with `secateur evaluate`"
                 )
 

@@ -60,7 +60,7 @@ def make_plan(config: RunConfig, directory: Path) -> Plan:
     """Work out what a run needs; reads headers and config.json, no weight."""
     with closing(Checkpoint.open(directory)) as checkpoint:
         device = choose_device(config.compute.device)
-        stored = next(entry.dtype for entry in checkpoint.tensors.values() if len(entry.shape) == 2)
+        stored = checkpoint.matrix_dtype()
         dtype = choose_dtype(config.compute.dtype, device, stored)
         skeleton = Skeleton(checkpoint, device, dtype)
         largest = max(range(skeleton.num_blocks), key=lambda i: _block_numel(skeleton, i))
@@ -112,9 +112,7 @@ def _device_terms(
     return terms
 
 
-def _step_bytes(
-    step: Step, shapes: dict[str, tuple[int, int]], numel: int, largest: int, dtype: torch.dtype
-) -> int:
+def _step_bytes(step: Step, shapes: dict[str, tuple[int, int]], numel: int, largest: int, dtype: torch.dtype) -> int:
     selection = 4 * largest + 16 * min(largest, SLAB_NUMEL)
     if isinstance(step, SparseGPT):
         return 3 * 4 * max(columns for _, columns in shapes.values()) ** 2 + 3 * 4 * largest + dtype.itemsize * numel

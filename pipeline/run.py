@@ -71,7 +71,7 @@ def open_job(config: RunConfig, progress: Progress) -> Iterator[Job]:
     directory = model_directory_of(config)
     with closing(Checkpoint.open(directory)) as checkpoint:
         device = choose_device(config.compute.device)
-        stored = next(entry.dtype for entry in checkpoint.tensors.values() if len(entry.shape) == 2)
+        stored = checkpoint.matrix_dtype()
         skeleton = Skeleton(checkpoint, device, choose_dtype(config.compute.dtype, device, stored))
         calibration = load_calibration(config.calibration, directory, skeleton.vocab_size)
         ledger = Ledger.open(config.output, header_of(config, skeleton, calibration))
@@ -121,11 +121,12 @@ def prune_blocks(job: Job, stop_asked: StopAsked) -> None:
     first = embed_calibration(job)
     dense = Boundary.copy_of(first) if recipe.needs_dense_stream else None
     order = Order(
-        recipe=recipe, sparsity=job.config.prune.target, skip=job.config.prune.skip, batch=job.config.compute.batch
+        recipe=recipe,
+        sparsity=job.config.prune.target,
+        skip=job.config.prune.skip,
+        batch=job.config.compute.batch,
     )
-    stage = Stage(
-        job.skeleton, order, Streams(pruned=first, dense=dense), job.model_directory, job.progress
-    )
+    stage = Stage(job.skeleton, order, Streams(pruned=first, dense=dense), job.model_directory, job.progress)
     replay_committed(job, stage, remaining.start)
     job.progress.begin("prune", job.skeleton.num_blocks, remaining.start)
     for index in remaining:
@@ -163,7 +164,7 @@ def embed_calibration(job: Job) -> Boundary:
     """Return boundary 0: the calibration sequences as they enter the first block."""
     stream = Stream(job.skeleton, job.checkpoint)
     tokens_NT = job.calibration.tokens_NT
-    boundary = Boundary(*tokens_NT.shape, stream.num_features, job.skeleton.dtype)
+    boundary = Boundary((len(tokens_NT), tokens_NT.shape[1], stream.num_features), job.skeleton.dtype)
     with torch.no_grad(), stream.outside_weights():
         for sequences in boundary.batches(job.config.compute.batch):
             boundary.write(sequences, stream.embed(tokens_NT[sequences]), "the embedding")
@@ -190,7 +191,11 @@ def _evaluate(job: Job, when: str) -> None:
     if wanted is None:
         return
     windows_WL = load_windows(wanted, job.checkpoint.directory)
-    text: JsonValue = {"text": describe(wanted.source), "windows": list(windows_WL.shape), "take": wanted.take}
+    text: JsonValue = {
+        "text": describe(wanted.source),
+        "windows": list(windows_WL.shape),
+        "take": wanted.take,
+    }
     known = job.ledger.notes.get(name)
     if isinstance(known, dict) and known["on"] == text:
         return

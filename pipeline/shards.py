@@ -7,6 +7,7 @@ beside their final name and renamed when they are whole and on the disk. The for
 
 import hashlib
 import math
+import mmap
 import os
 import secrets
 import shutil
@@ -171,8 +172,11 @@ class ShardReader:
 
 
 def _staging(num_bytes: int) -> torch.Tensor:
-    """A byte buffer for tensors of up to `num_bytes`; torch aligns what it allocates to 64 bytes."""
-    return torch.empty(min(num_bytes, PIECE_BYTES), dtype=torch.uint8)
+    """A page-aligned byte buffer for tensors of up to `num_bytes`, at most PIECE_BYTES.
+
+    Memory straight from the system, and straight back when dropped: malloc would hoard a few such buffers.
+    """
+    return torch.frombuffer(mmap.mmap(-1, max(1, min(num_bytes, PIECE_BYTES))), dtype=torch.uint8)
 
 
 def hash_file(path: Path) -> str:

@@ -169,9 +169,7 @@ def _token_tensor(path: Path) -> torch.Tensor:
         with safe_open(path, framework="pt") as file:
             names = sorted(file.keys())
             if "tokens" not in names and len(names) != 1:
-                raise CalibrationError(
-                    f"{path} holds the tensors {names}; name the one of token ids `tokens`"
-                )
+                raise CalibrationError(f"{path} holds the tensors {names}; name the one of token ids `tokens`")
             tensor: torch.Tensor = file.get_tensor("tokens" if "tokens" in names else names[0])
     except (SafetensorError, OSError) as error:
         raise CalibrationError(f"{path} cannot be read: {error}; it must be a safetensors file") from error
@@ -191,9 +189,7 @@ def _embedded_text() -> str:
 
 def _existing(path: Path) -> Path:
     if not path.is_file():
-        raise CalibrationError(
-            f"there is no file {path.absolute()}; name an existing file in calibration.source"
-        )
+        raise CalibrationError(f"there is no file {path.absolute()}; name an existing file in calibration.source")
     return path
 
 
@@ -217,9 +213,7 @@ def _row_texts(source: RowSource) -> Iterator[str]:
     except CalibrationError:
         raise
     except StopIteration as error:  # how `datasets` meets an empty file
-        raise CalibrationError(
-            f"{describe(source)} holds no rows; name a file or a split that has some"
-        ) from error
+        raise CalibrationError(f"{describe(source)} holds no rows; name a file or a split that has some") from error
     except Exception as error:
         raise CalibrationError(
             f"{describe(source)} cannot be read: {type(error).__name__}: {error}; check the name, the format "
@@ -229,9 +223,7 @@ def _row_texts(source: RowSource) -> Iterator[str]:
 
 def _row_text(row: Mapping[str, Any], field: str, where: str) -> str:
     if field not in row:
-        raise CalibrationError(
-            f"{where} has no field {field!r}; its fields are {sorted(row)}: set `field` to one"
-        )
+        raise CalibrationError(f"{where} has no field {field!r}; its fields are {sorted(row)}: set `field` to one")
     text = row[field]
     if not isinstance(text, str):
         raise CalibrationError(

@@ -6,8 +6,9 @@ it was only masked, its kept weights; the hash of every shard. Nothing is taken 
 
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,6 +35,10 @@ class Verification:
     pruned_weights: int
     prunable_weights: int
     bytes_read: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)
 
 
 def verify(run_directory: Path, source: Path, progress: Progress) -> Verification:
@@ -101,9 +106,7 @@ def _contents(ledger: Ledger, skeleton: Skeleton, output: Checkpoint, progress: 
     progress.end()
 
 
-def _block(
-    commit: Commit, skeleton: Skeleton, index: int, output: Checkpoint, sparsity: Sparsity
-) -> Iterator[str]:
+def _block(commit: Commit, skeleton: Skeleton, index: int, output: Checkpoint, sparsity: Sparsity) -> Iterator[str]:
     linears = {linear.parameter: linear for linear in find_linears(skeleton.blocks[index])}
     for own, name in skeleton.block_names(index).items():
         linear = linears.get(own)

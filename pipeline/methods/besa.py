@@ -21,12 +21,14 @@ from pydantic import Field
 
 from pipeline.errors import NumericsError
 from pipeline.methods.row_sparsity import (
+    NUM_CANDIDATES,
     MaskedWeight,
     candidate_sparsities,
     hard_keep,
-    initial_logits,
     project_to_budget,
     pruned_counts,
+    shares,
+    tilt_towards,
 )
 from pipeline.methods.step import BlockStep, BlockView, PrunedLinear, Report
 from pipeline.methods.wanda import input_norms, wanda_scores
@@ -55,6 +57,9 @@ class Besa(BlockStep):
     penalty: float = Field(default=5.0, gt=0)
     """Weight of the squared relative distance from the target sparsity."""
 
+    reach: float = Field(default=1.0, gt=0)
+    """How far rows may move from the target: shares of candidates change by a factor of at most e^reach."""
+
     growth: float = Field(default=5.0, gt=0)
     """Prodigy's d_coef: scales the step size that it finds by itself."""
 
@@ -67,7 +72,7 @@ class Besa(BlockStep):
         """Learn the sparsities of one block, project them to its budget, and return the masks."""
         assert isinstance(sparsity, Unstructured)
         rows = [self._learnable(block, name, sparsity) for name in block.weights]
-        optimizer = Prodigy([r.logits_GP for r in rows], lr=1.0, d_coef=self.growth, weight_decay=0.0)
+        optimizer = Prodigy([r.theta_GP for r in rows], lr=1.0, d_coef=self.growth, weight_decay=0.0)
         for epoch in range(self.epochs):
             for start in range(0, block.num_sequences, self.batch):
                 sequences = slice(start, min(start + self.batch, block.num_sequences))
@@ -81,20 +86,25 @@ class Besa(BlockStep):
         weight_OD, statistic = block.weights[name], block.statistic(name, ColumnSquares)
         assert isinstance(statistic, ColumnSquares)
         num_groups = len(weight_OD) if self.granularity == "row" else 1
-        logits_GP = initial_logits(sparsity.ratio, num_groups, weight_OD.device).requires_grad_()
-        rank_OD = row_ranks(wanda_scores(weight_OD, input_norms(statistic)))
-        return LearnableRows(name=name, weight_OD=weight_OD, rank_OD=rank_OD, logits_GP=logits_GP)
+        return LearnableRows(
+            name=name,
+            weight_OD=weight_OD,
+            rank_OD=row_ranks(wanda_scores(weight_OD, input_norms(statistic))),
+            theta_GP=torch.zeros(num_groups, NUM_CANDIDATES, device=weight_OD.device, requires_grad=True),
+            tilt_P=tilt_towards(sparsity.ratio, weight_OD.device),
+            reach=self.reach,
+        )
 
     def _accumulate(
         self, rows: list["LearnableRows"], block: BlockView, sequences: slice, target: float
     ) -> Mapping[str, float]:
         """Add the gradient of one mini-batch's loss to the logits; return the figures of the step."""
-        shares = [r.logits_GP.softmax(dim=1) for r in rows]
-        weights = {r.name: r.masked_weight(share) for r, share in zip(rows, shares, strict=True)}
-        expected = block_sparsity(rows, shares)
+        shares_of = [r.shares() for r in rows]
+        weights = {r.name: r.masked_weight(share) for r, share in zip(rows, shares_of, strict=True)}
+        expected = block_sparsity(rows, shares_of)
         error = relative_error(block.output(weights, sequences), block.target(sequences))
         loss = error + self.penalty * ((expected - target) / target) ** 2
-        loss.backward()
+        torch.autograd.backward(loss)
         figures = {"error": error.item(), "sparsity": expected.item()}
         if not torch.isfinite(loss):
             raise NumericsError(
@@ -107,12 +117,18 @@ class Besa(BlockStep):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnableRows:
-    """One linear with the logits of its rows' sparsities."""
+    """One linear with the parameters of its rows' sparsities."""
 
     name: str
     weight_OD: torch.Tensor
     rank_OD: torch.Tensor
-    logits_GP: torch.Tensor
+    theta_GP: torch.Tensor
+    tilt_P: torch.Tensor
+    reach: float
+
+    def shares(self) -> torch.Tensor:
+        """Return each group's distribution over candidate sparsities, float32 [G, P]."""
+        return shares(self.theta_GP, self.tilt_P, self.reach)
 
     def alphas(self, share_GP: torch.Tensor) -> torch.Tensor:
         """Return the sparsity of each group, float32 [G]."""
@@ -121,21 +137,21 @@ class LearnableRows:
     def masked_weight(self, share_GP: torch.Tensor) -> torch.Tensor:
         """Return the weight under its present hard mask, differentiable in the shares."""
         counts_G = pruned_counts(self.alphas(share_GP.detach()), self.weight_OD.shape[1])
-        masked: torch.Tensor = MaskedWeight.apply(share_GP, self.weight_OD, self.rank_OD, counts_G)
+        masked: torch.Tensor = MaskedWeight.apply(share_GP, self.weight_OD, self.rank_OD, counts_G)  # type: ignore[no-untyped-call]
         return masked
 
 
-def block_sparsity(rows: list[LearnableRows], shares: list[torch.Tensor]) -> torch.Tensor:
+def block_sparsity(rows: list[LearnableRows], shares_of: list[torch.Tensor]) -> torch.Tensor:
     """Return the expected fraction removed from the block, weighted by size, differentiable."""
     total = sum(r.weight_OD.numel() for r in rows)
-    parts = [r.alphas(s).mean() * (r.weight_OD.numel() / total) for r, s in zip(rows, shares, strict=True)]
+    parts = [r.alphas(s).mean() * (r.weight_OD.numel() / total) for r, s in zip(rows, shares_of, strict=True)]
     return torch.stack(parts).sum()
 
 
 @torch.no_grad()
 def masks_within_budget(rows: list[LearnableRows], sparsity: Unstructured) -> dict[str, PrunedLinear]:
     """Return the final masks: the block loses exactly floor(ratio * weights) weights."""
-    alphas = [r.alphas(r.logits_GP.softmax(dim=1)).expand(len(r.weight_OD)) for r in rows]
+    alphas = [r.alphas(r.shares()).expand(len(r.weight_OD)) for r in rows]
     budget = sparsity.num_pruned(sum(r.weight_OD.numel() for r in rows))
     counts = project_to_budget(alphas, [r.weight_OD.shape[1] for r in rows], budget)
     pruned = {}

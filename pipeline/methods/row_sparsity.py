@@ -22,11 +22,11 @@ def candidate_sparsities(device: torch.device) -> torch.Tensor:
     return torch.linspace(0, 1, NUM_CANDIDATES, dtype=torch.float64, device=device).float()
 
 
-def initial_logits(target: float, num_groups: int, device: torch.device) -> torch.Tensor:
-    """Return logits_GP, float32, whose softmax has mean `target` in every group.
+def tilt_towards(target: float, device: torch.device) -> torch.Tensor:
+    """Return logits_P, float32, whose softmax has mean `target`.
 
-    `logit_i = slope * p_i`: of all distributions with that mean, the one of largest entropy. The slope is found
-    by bisection; any target strictly between 0 and 1 is reached.
+    `logit_i = slope * p_i`: of all distributions with that mean, the one of largest entropy (uniform at 0.5). The
+    slope is found by bisection; any target strictly between 0 and 1 is reached.
     """
     candidate_P = torch.linspace(0, 1, NUM_CANDIDATES, dtype=torch.float64)
     low, high = -1e4, 1e4
@@ -34,7 +34,17 @@ def initial_logits(target: float, num_groups: int, device: torch.device) -> torc
         slope = (low + high) / 2
         mean = (torch.softmax(slope * candidate_P, dim=0) * candidate_P).sum()
         low, high = (slope, high) if mean < target else (low, slope)
-    return (slope * candidate_P).float().to(device).expand(num_groups, -1).clone()
+    return (slope * candidate_P).float().to(device)
+
+
+def shares(theta_GP: torch.Tensor, tilt_P: torch.Tensor, reach: float) -> torch.Tensor:
+    """Return each group's distribution over candidates, `softmax(tilt + reach * sigmoid(theta))`, float32 [G, P].
+
+    At theta = 0 its mean is the target of the tilt. The sigmoid lets shares differ from the tilt's by a factor of
+    at most e^reach, which keeps rows within reach of the target (0.38…0.62 for target 0.5 and reach 1) however
+    few the updates; the released code is this with no tilt and reach 1.
+    """
+    return torch.softmax(tilt_P + reach * torch.sigmoid(theta_GP), dim=1)
 
 
 def hard_keep(rank_OD: torch.Tensor, num_pruned_G: torch.Tensor) -> torch.Tensor:
@@ -58,7 +68,11 @@ class MaskedWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, share_GP: torch.Tensor, weight_OD: torch.Tensor, rank_OD: torch.Tensor, counts_G: torch.Tensor
+        ctx: Any,
+        share_GP: torch.Tensor,
+        weight_OD: torch.Tensor,
+        rank_OD: torch.Tensor,
+        counts_G: torch.Tensor,
     ) -> torch.Tensor:
         """Return W * [rank >= count], in the weight's dtype."""
         ctx.save_for_backward(weight_OD, rank_OD)
@@ -98,7 +112,9 @@ def project_to_budget(alphas: Sequence[torch.Tensor], widths: Sequence[int], bud
     remainder (ties to the earlier row). Returns int64 [O] per linear.
     """
     alpha = torch.cat([a.detach().double().cpu() for a in alphas])
-    width = torch.cat([torch.full((len(a),), float(w), dtype=torch.float64) for a, w in zip(alphas, widths, strict=True)])
+    width = torch.cat(
+        [torch.full((len(a),), float(w), dtype=torch.float64) for a, w in zip(alphas, widths, strict=True)]
+    )
 
     def wanted(shift: float) -> torch.Tensor:
         return (alpha + shift).clamp(0, 1) * width
@@ -113,4 +129,4 @@ def project_to_budget(alphas: Sequence[torch.Tensor], widths: Sequence[int], bud
     remainder = torch.where(counts < width, exact - counts, -1.0)
     counts[remainder.argsort(descending=True, stable=True)[:missing]] += 1
     assert int(counts.sum()) == budget, (int(counts.sum()), budget)
-    return [part.long() for part in counts.split([len(a) for a in alphas])]
+    return [part.long() for part in torch.split(counts, [len(a) for a in alphas])]

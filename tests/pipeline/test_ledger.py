@@ -37,7 +37,7 @@ def make_commit(block: int, **changes: Any) -> Commit:
     return replace(commit, **changes)
 
 
-def begin(run_directory: Path, blocks: Iterator[int] | range = range(0)) -> Ledger:
+def begin(run_directory: Path, blocks: range = range(0)) -> Ledger:
     ledger = Ledger.open(run_directory, HEADER)
     for block in blocks:
         ledger.commit(make_commit(block))
@@ -48,14 +48,12 @@ def lines_of(run_directory: Path) -> list[bytes]:
     return (run_directory / "ledger.jsonl").read_bytes().splitlines(keepends=True)
 
 
-def write_lines(run_directory: Path, lines: list[bytes]) -> Path:
+def write_lines(run_directory: Path, lines: list[bytes]) -> None:
     (run_directory / "ledger.jsonl").write_bytes(b"".join(lines))
-    return run_directory
 
 
 def sealed(**fields: Any) -> bytes:
     """A line as the format has it, made without the ledger's help."""
-    fields.pop("checksum", None)
     body = json.dumps(fields, sort_keys=True, separators=(",", ":"))
     fields["checksum"] = hashlib.sha256(body.encode()).hexdigest()[:16]
     return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode() + b"\n"
@@ -116,14 +114,11 @@ def test_what_must_not_be_written_is_not(tmp_path: Path) -> None:
         ledger.commit(make_commit(1, error=float("nan")))
     with pytest.raises(AssertionError, match="opened only to be read"):
         Ledger.read(tmp_path).record("finished", True)
+    for changes in ({"pruned": 7}, {"zeros": 11}, {"pruned": -1}):
+        with pytest.raises(AssertionError, match="impossible counts"):
+            replace(make_commit(1).linears["self_attn.q_proj"], **changes)
     assert list(ledger.commits) == [0]
     assert len(lines_of(tmp_path)) == 2
-
-
-@pytest.mark.parametrize("changes", [{"pruned": 7}, {"zeros": 11}, {"pruned": -1}])
-def test_counts_that_cannot_be_are_refused(changes: dict[str, int]) -> None:
-    with pytest.raises(AssertionError, match="impossible counts"):
-        replace(make_commit(0).linears["self_attn.q_proj"], **changes)
 
 
 @pytest.mark.parametrize("file", ["/etc/passwd", "../model.safetensors", "a/../../b", ""])
@@ -132,8 +127,10 @@ def test_a_commit_names_no_file_outside_its_directory(tmp_path: Path, file: str)
         make_commit(0, file=file)
     begin(tmp_path, range(1))
     header, commit = lines_of(tmp_path)
-    write_lines(tmp_path, [header, sealed(**json.loads(commit) | {"file": file})])
-    with pytest.raises(RunDirectoryError, match="line 2 .*\n.*\n.*no path inside a directory"):
+    fields = {**json.loads(commit), "file": file}
+    del fields["checksum"]
+    write_lines(tmp_path, [header, sealed(**fields)])
+    with pytest.raises(RunDirectoryError, match=r"(?s)line 2: .*no path inside a directory"):
         Ledger.read(tmp_path)
 
 
@@ -164,47 +161,37 @@ def test_after_any_crash_the_run_goes_on_to_the_same_bytes(num_done: int, cut: i
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
-@pytest.mark.parametrize(
-    "damaged", [lambda line: line.replace(b":", b";", 1), lambda _: b"[1]\n", lambda _: b"\n"]
-)
-def test_damage_before_the_last_line_is_refused(
-    tmp_path: Path, number: int, damaged: Callable[[bytes], bytes]
-) -> None:
+@pytest.mark.parametrize(("intact", "damaged"), [(b":", b";"), (b'"kind"', b'\n"kind"'), (b"{", b"[{")])
+def test_damage_before_the_end_is_refused(tmp_path: Path, number: int, intact: bytes, damaged: bytes) -> None:
     begin(tmp_path, range(3))
     lines = lines_of(tmp_path)
-    lines[number - 1] = damaged(lines[number - 1])
+    lines[number - 1] = lines[number - 1].replace(intact, damaged, 1)
     write_lines(tmp_path, lines)
     for reopen in (Ledger.read, lambda directory: Ledger.open(directory, HEADER)):
-        with pytest.raises(
-            RunDirectoryError, match=rf"line {number} is damaged: .*in a new output directory"
-        ):
+        with pytest.raises(RunDirectoryError, match=rf"line {number}: damaged, .*in a new output directory"):
             reopen(tmp_path)
-    assert lines_of(tmp_path) == lines
+    assert b"".join(lines_of(tmp_path)) == b"".join(lines)
 
 
-@pytest.mark.parametrize("content", [b"", b"\n", b'{"kind":'])
-def test_a_ledger_without_its_header_is_damaged_and_left_alone(tmp_path: Path, content: bytes) -> None:
-    write_lines(tmp_path, [content])
-    with pytest.raises(RunDirectoryError, match="line 1 is damaged"):
-        Ledger.open(tmp_path, HEADER)
-    assert b"".join(lines_of(tmp_path)) == content
+SENSELESS = {
+    (): "damaged, cut short",
+    (4,): "damaged, cut short",
+    (5,): "damaged, cut short",
+    (1,): "a line of the kind 'commit' is .*out of place",
+    (0, 0): "a line of the kind 'header' is .*out of place",
+    (0, 2): "a line of the kind 'outer' is unknown",
+    (0, 3): "6 validation errors for Commit",
+    (0, 1, 1): "damaged, it commits block 0 a second time",
+}
 
 
-@pytest.mark.parametrize(
-    ("order", "message"),
-    [
-        ([0, 1, 1], "line 3 is damaged: it commits block 0 a second time"),
-        ([0, 0], "line 2 cannot stand there: .*newer version"),
-        ([1], "line 1 cannot stand there"),
-        ([0, 2], "line 2 cannot stand there: .*'kind': 'outer'.*newer version of secateur.*new output directory"),
-        ([0, 3], "line 2 .* validation errors for Commit.*block\n.*Field required.*new output directory"),
-    ],
-)  # fmt: skip
-def test_sound_lines_that_make_no_sense_are_refused(tmp_path: Path, order: list[int], message: str) -> None:
+@pytest.mark.parametrize("order", SENSELESS)
+def test_lines_that_make_no_sense_are_refused(tmp_path: Path, order: tuple[int, ...]) -> None:
     begin(tmp_path, range(1))
-    lines = [*lines_of(tmp_path), sealed(kind="outer"), sealed(kind="commit", error=0)]
+    lines = [*lines_of(tmp_path), sealed(kind="outer"), sealed(kind="commit", error=0), b'{"kind":', b"[1]\n"]
     write_lines(tmp_path, [lines[number] for number in order])
-    with pytest.raises(RunDirectoryError, match=f"(?s){message}"):
+    message = f"(?s)line {max(1, len(order))}: {SENSELESS[order]}.*a newer version of secateur.*start again"
+    with pytest.raises(RunDirectoryError, match=message):
         Ledger.read(tmp_path)
 
 
@@ -254,10 +241,7 @@ def test_what_a_run_leaves_before_its_header_is_no_obstacle(tmp_path: Path) -> N
 def test_a_line_torn_by_a_full_disk_is_written_again_later(tmp_path: Path, num_bytes_left: int) -> None:
     ledger = begin(tmp_path, range(1))
     size = (tmp_path / "ledger.jsonl").stat().st_size
-    with (
-        room_for(size + num_bytes_left),
-        pytest.raises(StorageError, match=r"cannot append .*: File too large;"),
-    ):
+    with room_for(size + num_bytes_left), pytest.raises(StorageError, match=r"append .*: File too large;"):
         ledger.commit(make_commit(1))
     assert (tmp_path / "ledger.jsonl").stat().st_size == size + num_bytes_left
     assert list(ledger.commits) == list(Ledger.read(tmp_path).commits) == [0]
@@ -268,32 +252,21 @@ def test_a_line_torn_by_a_full_disk_is_written_again_later(tmp_path: Path, num_b
 
 @pytest.mark.parametrize("call", ["write", "fsync"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES])
-def test_what_the_disk_refuses_is_not_committed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int
-) -> None:
+def test_what_the_disk_refuses_is_not_committed(tmp_path: Path, call: str, code: int) -> None:
     ledger = begin(tmp_path)
-    with monkeypatch.context() as disk:
+    with pytest.MonkeyPatch.context() as disk:
         disk.setattr(os, call, refusing(code))
         with pytest.raises(StorageError, match=f"append to .*: {os.strerror(code)}; make room or put"):
             ledger.commit(make_commit(0))
     assert ledger.commits == {}
-    assert begin(tmp_path, range(int(call == "write"))).remaining(1) == range(1, 1)
-
-
-def test_a_commit_is_on_the_disk_before_it_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ledger, sizes = begin(tmp_path), list[int]()
-    monkeypatch.setattr(os, "fsync", lambda descriptor: sizes.append(os.fstat(descriptor).st_size))
     ledger.commit(make_commit(0))
-    assert sizes == [(tmp_path / "ledger.jsonl").stat().st_size]
+    assert Ledger.open(tmp_path, HEADER).commits == {0: make_commit(0)}
 
 
 def test_a_lock_has_one_holder_at_a_time_and_names_it(tmp_path: Path) -> None:
-    holder = f"run is in use by process {os.getpid()} on host {os.uname().nodename}, started 2"
+    holder = f"in use by process {os.getpid()} on host {os.uname().nodename}, started 2.*: wait for it, stop"
     for _ in range(2):
-        with (
-            RunLock(tmp_path / "run"),
-            pytest.raises(RunLocked, match=rf"{holder}.*: wait for it, stop it, or"),
-        ):
+        with RunLock(tmp_path / "run"), pytest.raises(RunLocked, match=holder):
             RunLock(tmp_path / "run").__enter__()
     assert (tmp_path / "run" / "lock").read_text().count("process") == 1
 
@@ -313,8 +286,7 @@ def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
 
 
 def test_what_the_file_system_refuses_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begin(tmp_path / "gone").record("finished", True)
-    ledger = Ledger.open(tmp_path / "gone", HEADER)
+    ledger = begin(tmp_path / "gone")
     (tmp_path / "gone" / "ledger.jsonl").unlink()
     with pytest.raises(StorageError, match=r"cannot append to .*: No such file"):
         ledger.record("finished", False)

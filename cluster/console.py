@@ -1,0 +1,158 @@
+"""What the command shows: live progress on a terminal, plain lines elsewhere, summaries at the end.
+
+Everything goes to standard error, so that `--json` leaves one object alone on standard output.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from pipeline.meter import human_bytes, human_seconds, peak_host_bytes
+from pipeline.progress import Progress
+from pipeline.report import Report, guidance
+
+PHASE_NAMES = {"read": "reading", "collect": "collecting", "prune": "pruning", "commit": "committing"}
+
+
+def choose_progress(console: Console) -> Progress:
+    """Return live bars on a terminal, plain lines elsewhere."""
+    return LiveProgress(console) if console.is_terminal else PlainProgress(console)
+
+
+class PlainProgress:
+    """One line a block, with the time left: for logs."""
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console, self._clock = console, clock
+        self._task, self._total, self._start, self._first = "", 0, 0.0, 0
+
+    def begin(self, task: str, total: int, done: int) -> None:
+        """Say what begins."""
+        self._task, self._total, self._first, self._start = task, total, done, self._clock()
+        self.say(f"{task}: {total - done} of {total} blocks to do")
+
+    def phase(self, block: int, name: str) -> None:
+        """Say nothing: phases are too short for a log."""
+
+    def figures(self, figures: Mapping[str, float]) -> None:
+        """Say nothing: figures change too often for a log."""
+
+    def advance(self, block: int, summary: str) -> None:
+        """Say that a block is done, and how long the rest will take."""
+        elapsed = self._clock() - self._start
+        left = elapsed / (block + 1 - self._first) * (self._total - block - 1)
+        self.say(f"{self._task}: block {block + 1}/{self._total} {summary} ({human_seconds(left)} left)")
+
+    def end(self) -> None:
+        """Say how long the task took."""
+        self.say(f"{self._task}: done in {human_seconds(self._clock() - self._start)}")
+
+    def say(self, text: str) -> None:
+        """Print one line."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class LiveProgress:
+    """A bar with blocks, phase, figures, time left and peak memory."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars: Bars | None = None
+        self._task = TaskID(0)
+
+    def begin(self, task: str, total: int, done: int) -> None:
+        """Show a bar."""
+        self.end()
+        self._bars = Bars(
+            TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[now]}"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[memory]}"),
+            console=self._console,
+        )  # fmt: skip
+        self._bars.start()
+        self._task = self._bars.add_task(task, total=total, completed=done, now="", memory="")
+
+    def phase(self, block: int, name: str) -> None:
+        """Show the phase."""
+        self._update(now=f"{PHASE_NAMES.get(name, name)} block {block + 1}")
+
+    def figures(self, figures: Mapping[str, float]) -> None:
+        """Show figures of the phase."""
+        self._update(now="  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+
+    def advance(self, block: int, summary: str) -> None:
+        """Move the bar by one block."""
+        self._update(now=summary, advance=1)
+
+    def end(self) -> None:
+        """Leave the finished bar on the screen."""
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(text, markup=False, highlight=False)
+
+    def _update(self, now: str, advance: int = 0) -> None:
+        if self._bars is not None:
+            memory = f"peak {human_bytes(peak_host_bytes())}"
+            self._bars.update(self._task, advance=advance, now=now, memory=memory)
+
+
+def show_report(console: Console, report: Report, run_directory: str, source: str) -> None:
+    """Print the closing summary of a run: what was done, what it cost, what to do next."""
+    table = Table(title="secateur: run finished", show_header=False, title_justify="left", box=None)
+    for name, value in _report_rows(report):
+        table.add_row(name, value)
+    console.print(table)
+    for line in guidance(report.sparsity):
+        console.print(f"  - {line}", markup=False, highlight=False)
+    console.print(f"Model: {run_directory}/model", markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"Next:  secateur verify {run_directory} --source {source}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _report_rows(report: Report) -> list[tuple[str, str]]:
+    rows = [
+        (
+            "sparsity",
+            f"{report.achieved:.4%} of {report.prunable_weights:,} weights (asked: {report.sparsity})",
+        ),
+        ("mean block error", f"{report.mean_error:.4f} (relative, of each pruned block's output)"),
+    ]
+    if report.perplexity_before is not None and report.perplexity_after is not None:
+        rows.append(("perplexity", f"{report.perplexity_before:.2f} before, {report.perplexity_after:.2f} after"))
+    phases = ", ".join(f"{name} {human_seconds(spent)}" for name, spent in report.seconds.items())
+    rows += [
+        ("time", f"{human_seconds(sum(report.seconds.values()))}: {phases}"),
+        ("cost", f"{report.forward_equivalents:.2f} forward passes of the calibration set"),
+        ("peak memory", f"host {human_bytes(report.peak_host_bytes)}" + _device(report)),
+    ]
+    return rows + [(name.replace("_", " "), f"{value:.4g}") for name, value in report.notes.items()]
+
+
+def _device(report: Report) -> str:
+    return f", device {human_bytes(report.peak_device_bytes)}" if report.peak_device_bytes else ""
+
+
+def show_table(console: Console, title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """Print facts, one a row."""
+    table = Table(title=title, show_header=False, title_justify="left", box=None)
+    for name, value in rows:
+        table.add_row(name, value)
+    console.print(table)
