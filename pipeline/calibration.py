@@ -51,8 +51,8 @@ class CalibrationConfig(BaseModel):
     """Where the text, or the tokens, come from."""
     sequences: int = Field(default=128, ge=1)
     """How many sequences."""
-    tokens: int = Field(default=2048, ge=2)
-    """Tokens in each sequence."""
+    tokens: int = Field(default=512, ge=2)
+    """Tokens in each sequence; 128 x 512 is what the embedded text can give."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of `sample: random`."""
     sample: Literal["auto", "first", "random"] = "auto"

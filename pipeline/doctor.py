@@ -19,6 +19,8 @@ from time import perf_counter
 import psutil
 import torch
 
+from pipeline.devices import choose_device
+
 LIBRARIES = ("torch", "transformers", "datasets", "safetensors")
 OLDEST_PYTHON = (3, 11)
 GIB = 1 << 30
@@ -54,7 +56,7 @@ def examine(
     then gone. `matmul_size` is the side of the square matrix multiplied on `device`; by default the
     accelerator, if there is one, with a size that keeps it busy.
     """
-    device = device or _best_device()
+    device = device or choose_device("auto")
     size = matmul_size or (1024 if device.type == "cpu" else 8192)
     return [
         _python(),
@@ -95,20 +97,12 @@ def _gguf() -> Finding:
     return _fact("gguf", "present")
 
 
-def _best_device() -> torch.device:
-    if torch.accelerator.is_available():
-        device = torch.accelerator.current_accelerator()
-        assert device is not None, "an available accelerator has a device"
-        return device
-    return torch.device("cpu")
-
-
 def _devices() -> list[Finding]:
     """One finding per accelerator; one that says so when there is none."""
     if torch.cuda.is_available():
         return [_cuda_device(index) for index in range(torch.cuda.device_count())]
     if torch.accelerator.is_available():
-        return [_fact("device", f"{_best_device().type} x {torch.accelerator.device_count()}")]
+        return [_fact("device", f"{choose_device('auto').type} x {torch.accelerator.device_count()}")]
     return [_fact("device", "cpu only", "large models prune slowly without an accelerator")]
 
 

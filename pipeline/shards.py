@@ -61,20 +61,16 @@ class WrittenShard:
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """Every tensor of the file at `path`, by name, in file order; `__metadata__` is skipped.
+    """Every tensor of the file at `path`, by name, in file order; only the header is read.
 
-    Reads the header only. Raises MalformedShard where it breaks a rule of the format, CheckpointError where
-    the file cannot be read.
+    Raises MalformedShard for the first rule of the format broken, CheckpointError where the file cannot be read.
     """
     with ShardReader(path) as reader:
         return reader.entries
 
 
 def header_bytes(path: Path) -> bytes:
-    """The length prefix and the JSON as they lie in the file: enough to tell two layouts apart.
-
-    Raises MalformedShard for an impossible length, CheckpointError where the file cannot be read.
-    """
+    """The length prefix and the JSON as they lie in the file, unparsed; raises as `read_header` does for them."""
     with _reading(path), path.open("rb", buffering=0) as file:
         return read_header_bytes(file.fileno(), path)
 

@@ -9,9 +9,10 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -54,6 +55,7 @@ def write_lines(run_directory: Path, lines: list[bytes]) -> None:
 
 def sealed(**fields: Any) -> bytes:
     """A line as the format has it, made without the ledger's help."""
+    fields.pop("checksum", None)
     body = json.dumps(fields, sort_keys=True, separators=(",", ":"))
     fields["checksum"] = hashlib.sha256(body.encode()).hexdigest()[:16]
     return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode() + b"\n"
@@ -70,11 +72,8 @@ def room_for(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def refusing(code: int) -> Callable[..., NoReturn]:
-    def refuse(*arguments: object) -> NoReturn:
-        raise OSError(code, os.strerror(code))
-
-    return refuse
+def refuse(code: int, *arguments: object) -> NoReturn:
+    raise OSError(code, os.strerror(code))
 
 
 def test_what_was_recorded_is_there_after_a_reopening(tmp_path: Path) -> None:
@@ -127,9 +126,7 @@ def test_a_commit_names_no_file_outside_its_directory(tmp_path: Path, file: str)
         make_commit(0, file=file)
     begin(tmp_path, range(1))
     header, commit = lines_of(tmp_path)
-    fields = {**json.loads(commit), "file": file}
-    del fields["checksum"]
-    write_lines(tmp_path, [header, sealed(**fields)])
+    write_lines(tmp_path, [header, sealed(**{**json.loads(commit), "file": file})])
     with pytest.raises(RunDirectoryError, match=r"(?s)line 2: .*no path inside a directory"):
         Ledger.read(tmp_path)
 
@@ -245,7 +242,8 @@ def test_a_line_torn_by_a_full_disk_is_written_again_later(tmp_path: Path, num_b
         ledger.commit(make_commit(1))
     assert (tmp_path / "ledger.jsonl").stat().st_size == size + num_bytes_left
     assert list(ledger.commits) == list(Ledger.read(tmp_path).commits) == [0]
-    ledger.record("short", 1)  # shorter than what was left behind
+    ledger.record("short", 1)
+    assert lines_of(tmp_path)[2:] == [sealed(kind="note", name="short", value=1)], "the torn line shows behind it"
     ledger.commit(make_commit(1))
     assert Ledger.open(tmp_path, HEADER).commits == {0: make_commit(0), 1: make_commit(1)}
 
@@ -255,7 +253,7 @@ def test_a_line_torn_by_a_full_disk_is_written_again_later(tmp_path: Path, num_b
 def test_what_the_disk_refuses_is_not_committed(tmp_path: Path, call: str, code: int) -> None:
     ledger = begin(tmp_path)
     with pytest.MonkeyPatch.context() as disk:
-        disk.setattr(os, call, refusing(code))
+        disk.setattr(os, call, partial(refuse, code))
         with pytest.raises(StorageError, match=f"append to .*: {os.strerror(code)}; make room or put"):
             ledger.commit(make_commit(0))
     assert ledger.commits == {}
@@ -271,18 +269,18 @@ def test_a_lock_has_one_holder_at_a_time_and_names_it(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "lock").read_text().count("process") == 1
 
 
-def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from pipeline.ledger import RunLock\n"
-    code += "with RunLock(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == b"held\n"
-        with pytest.raises(RunLocked, match=f"process {child.pid} on"):
-            RunLock(tmp_path).__enter__()
-        child.kill()
-    with RunLock(tmp_path):
-        pass
+@pytest.mark.parametrize("fork", ["", "os.fork() or sys.exit(sys.stdin.read())\n"], ids=["held", "released"])
+def test_a_lock_outlives_neither_its_process_nor_its_block(tmp_path: Path, fork: str) -> None:
+    code = "import os, pathlib, sys; from pipeline.ledger import RunLock\nwith RunLock(pathlib.Path(sys.argv[1])): "
+    code += f"{fork}print('ready', flush=True); sys.stdin.read()"  # a forked child lives on, with the file open
+    command, root = [sys.executable, "-c", code, str(tmp_path)], Path(__file__).parents[2]
+    with subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.kill()
+        process.wait()
+        with RunLock(tmp_path):
+            pass
 
 
 def test_what_the_file_system_refuses_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,6 +291,6 @@ def test_what_the_file_system_refuses_is_said(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "run").touch()
     with pytest.raises(StorageError, match=r"cannot set up the run directory .*run: File exists"):
         Ledger.open(tmp_path / "run", HEADER)
-    monkeypatch.setattr(fcntl, "flock", refusing(errno.ENOLCK))
+    monkeypatch.setattr(fcntl, "flock", partial(refuse, errno.ENOLCK))
     with pytest.raises(StorageError, match=r"cannot lock .*: No locks available"):
         RunLock(tmp_path).__enter__()
