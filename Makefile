@@ -23,7 +23,7 @@ check: $(BIN)/secateur
 	$(BIN)/mypy
 
 bench: $(MODEL)/config.json
-	$(BIN)/python -m pytest tests/bench -m bench --override-ini addopts= -rA
+	$(BIN)/python -m pytest tests/bench -m bench -rA
 
 demo-model: $(MODEL)/config.json
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from pipeline.errors import NumericsError
+from pipeline.numerics import all_finite
 
 
 class Boundary:
@@ -41,7 +42,7 @@ class Boundary:
 
     def write(self, sequences: slice, hidden_BTD: torch.Tensor, where: str) -> None:
         """Store hidden_BTD; raises NumericsError naming `where` when it holds NaN or Inf."""
-        if not hidden_BTD.isfinite().all():
+        if not all_finite(hidden_BTD):
             raise NumericsError(
                 f"hidden states after {where} hold NaN or Inf; they cannot go on to the next block. Compute in "
                 "float32 (`compute.dtype: float32`), or check the model with `secateur evaluate`"

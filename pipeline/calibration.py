@@ -97,7 +97,7 @@ def text_windows(text: str, tokenizer: PreTrainedTokenizerBase, length: int, lim
     W is as many as fit, at most `limit`; what is left over at the end is dropped. Raises CalibrationError
     when not one window fits.
     """
-    ids = _tokenise(text, tokenizer)
+    ids = _tokenise(text, tokenizer) if limit is None else _first_tokens(text, tokenizer, limit * length)
     if len(ids) < length:
         raise CalibrationError(
             f"the text has {len(ids)} tokens, and one window needs {length}; use more text or shorter windows"
@@ -161,8 +161,10 @@ def _cut(ids: torch.Tensor, length: int) -> torch.Tensor:
 
 def _text_sequences(config: CalibrationConfig, source: TextSource, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     texts = documents(source)
-    if isinstance(source, str | TextFile):
+    if isinstance(source, str | TextFile) and config.draws_randomly:
         ids = _tokenise(next(texts), tokenizer)
+    elif isinstance(source, str | TextFile):
+        ids = _first_tokens(next(texts), tokenizer, config.sequences * config.tokens)
     elif config.draws_randomly:
         return _windows_of_long_documents(config, islice(texts, MOST_DOCUMENTS), tokenizer)
     else:
@@ -179,6 +181,17 @@ def _require_enough(config: CalibrationConfig, have: int) -> None:
             f"{config.tokens} tokens need {need}; use more text, at most {have // config.tokens} sequences "
             f"of this length, or sequences of at most {have // config.sequences} tokens"
         )
+
+
+def _first_tokens(text: str, tokenizer: PreTrainedTokenizerBase, need: int) -> torch.Tensor:
+    """At least the first `need` tokens of the text, if it has so many, without tokenising all of a long text."""
+    end = CHARACTERS_PER_TOKEN * (need + MARGIN_TOKENS)
+    while end < len(text):
+        ids = _tokenise(text[:end], tokenizer)
+        if len(ids) >= need + MARGIN_TOKENS:
+            return ids
+        end *= 2
+    return _tokenise(text, tokenizer)
 
 
 def _tokenise_enough(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, need: int) -> torch.Tensor:

@@ -44,7 +44,8 @@ def load_windows(config: EvaluateConfig, tokenizer_directory: Path) -> torch.Ten
         windows = ids[: len(ids) // length * length].view(-1, length)
     else:
         text = "\n\n".join(documents(source))
-        windows = text_windows(text, load_tokenizer(tokenizer_directory), length, None)
+        limit = config.windows if config.take == "first" else None
+        windows = text_windows(text, load_tokenizer(tokenizer_directory), length, limit)
     wanted = config.windows or len(windows)
     if len(windows) < wanted or not len(windows):
         raise CalibrationError(

@@ -53,6 +53,10 @@ def find_linears(block: nn.Module, skip: Sequence[str] = ()) -> list[Linear]:
     ]
 
 
+class _EverythingSeen(Exception):
+    """Ends a forward whose output nobody needs."""
+
+
 class Collector:
     """Gathers statistics of the inputs of linears while the block runs, once per distinct input.
 
@@ -66,6 +70,7 @@ class Collector:
         self._leader: dict[str, str] = {}
         self._statistics: dict[str, dict[type[Statistic], Statistic]] = {}
         self._last: tuple[str, torch.Tensor] | None = None
+        self._abandon_after: str | None = None
 
     def statistic(self, name: str, kind: type[Statistic]) -> Statistic:
         """Return what was gathered of a linear's inputs."""
@@ -79,15 +84,22 @@ class Collector:
         return list(grouped.values())
 
     @contextmanager
-    def watching(self, block: nn.Module) -> Iterator[None]:
-        """Gather from every forward of the block inside the context."""
+    def watching(self, block: nn.Module, to_the_end: bool) -> Iterator[None]:
+        """Gather from the forward of the block inside the context.
+
+        Unless it has to run `to_the_end`, the forward is abandoned, and the context left, as soon as every input
+        has been seen: the last matrix (a quarter of a LLaMA block's arithmetic) need not be multiplied.
+        """
         handles = [
             block.get_submodule(linear.name).register_forward_pre_hook(self._hook(linear.name))
             for linear in self._linears
             if self._kinds
         ]
+        self._abandon_after = None if to_the_end or not self._statistics else list(self._statistics)[-1]
         try:
             yield
+        except _EverythingSeen:
+            pass
         finally:
             self._last = None
             for handle in handles:
@@ -111,6 +123,8 @@ class Collector:
             self._last = (name, x)
             if self._leader[name] == name:
                 self._update(name, x.flatten(0, -2))
+            if self._abandon_after == name:
+                raise _EverythingSeen
 
         return gather
 

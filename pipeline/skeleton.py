@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError, NumericsError, UnsupportedCheckpoint
+from pipeline.numerics import all_finite
 
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -74,7 +75,7 @@ class Skeleton:
             shape = self.checkpoint.tensors[stored].shape
             tensor = torch.empty(shape, dtype=self._dtype_of(owner, leaf), device=self.device)
             source.read_into(stored, tensor)
-            if not tensor.isfinite().all():
+            if not all_finite(tensor):
                 bad = int((~tensor.isfinite()).sum())
                 raise NumericsError(
                     f"{stored} holds {bad} NaN or Inf of {tensor.numel()} numbers once read as {tensor.dtype}; a "

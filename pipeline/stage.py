@@ -118,19 +118,19 @@ class Stage:
     def _collect(self, index: int, linears: Sequence[Linear]) -> tuple[Collector, torch.Tensor]:
         """Gather statistics from the dense block; return them with the outputs the pruned block is to reproduce.
 
-        Those are the outputs for all sequences where a block step asks for them, else for the first sequence,
-        which is what the recorded error is measured on.
+        Those come from the dense stream where the recipe asks for it, else from the pruned one: for all sequences
+        where a block step compares with them, else for the first, on which the recorded error is measured.
         """
-        pruned, dense = self._streams.pruned, self._streams.dense
-        collector = Collector(linears, self._order.recipe.statistics)
-        wanted = pruned.num_sequences if self._order.recipe.needs_targets else 1
-        targets = torch.empty_like(pruned.hidden_NTD[:wanted])
-        needed = pruned.num_sequences if self._order.recipe.statistics else wanted
-        for sequences in batches(needed, self._order.batch):
-            with collector.watching(self._skeleton.blocks[index]):
+        pruned, dense, recipe = self._streams.pruned, self._streams.dense, self._order.recipe
+        collector = Collector(linears, recipe.statistics)
+        num_targets = 0 if dense is not None else pruned.num_sequences if recipe.needs_targets else 1
+        targets = torch.empty_like(pruned.hidden_NTD[:num_targets])
+        for sequences in batches(pruned.num_sequences if recipe.statistics else num_targets, self._order.batch):
+            is_target = sequences.start < num_targets
+            with collector.watching(self._skeleton.blocks[index], to_the_end=is_target):
                 output = self._stream.run_block(index, pruned.read(sequences, self._skeleton.device))
-            if sequences.start < wanted:
-                targets[sequences].copy_(output[: wanted - sequences.start])
+                if is_target:
+                    targets[sequences].copy_(output[: num_targets - sequences.start])
         collector.check_finite(f"block {index}")
         if dense is not None:
             self._run_all(index, dense, f"dense block {index}")

@@ -8,6 +8,8 @@ from typing import Protocol, Self
 
 import torch
 
+from pipeline.numerics import all_finite
+
 
 class Statistic(Protocol):
     """A mergeable summary of a linear's inputs."""
@@ -55,7 +57,7 @@ class ColumnSquares:
 
     def is_finite(self) -> bool:
         """Tell whether every sum is finite."""
-        return bool(self.squares_D.isfinite().all())
+        return all_finite(self.squares_D)
 
 
 class Gram:
@@ -86,7 +88,7 @@ class Gram:
 
     def is_finite(self) -> bool:
         """Tell whether every product is finite (a NaN or Inf input always reaches the diagonal)."""
-        return bool(self.gram_DD.diagonal().isfinite().all())
+        return all_finite(self.gram_DD.diagonal())
 
 
 def relative_error(output_BTD: torch.Tensor, target_BTD: torch.Tensor) -> torch.Tensor:

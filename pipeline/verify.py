@@ -17,6 +17,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.errors import VerificationError
 from pipeline.ledger import Commit, Ledger, LinearRecord
 from pipeline.linears import find_linears
+from pipeline.numerics import all_finite
 from pipeline.progress import Progress
 from pipeline.shards import hash_file
 from pipeline.skeleton import Skeleton
@@ -125,7 +126,7 @@ def _pruned(
     zeros = pruned_OD.numel() - int(kept_OD.sum())
     if zeros != record.zeros or zeros < record.pruned:
         yield f"{name} has {zeros} zeros, the ledger says {record.zeros} ({record.pruned} pruned)"
-    if not pruned_OD.isfinite().all():
+    if not all_finite(pruned_OD):
         yield f"{name} holds NaN or Inf"
     if isinstance(sparsity, SemiStructured) and not holds(kept_OD, sparsity):
         yield f"{name} breaks the {sparsity} pattern"

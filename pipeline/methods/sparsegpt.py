@@ -17,6 +17,7 @@ from pydantic import Field
 
 from pipeline.errors import NumericsError
 from pipeline.methods.step import LinearStep, PrunedLinear, Solver
+from pipeline.numerics import all_finite
 from pipeline.sparsity import SemiStructured, Sparsity, keep_highest
 from pipeline.statistics import Gram, Statistic
 
@@ -56,7 +57,7 @@ def inverse_factor(gram_DD: torch.Tensor, damping: float) -> InverseFactor:
         reversed_lower_DD, failed = torch.linalg.cholesky_ex(hessian_DD.flip(0, 1))
         if not failed:
             upper_DD = torch.linalg.solve_triangular(reversed_lower_DD.flip(0, 1), identity_DD, upper=True)
-            if upper_DD.isfinite().all():
+            if all_finite(upper_DD):
                 return InverseFactor(upper_DD=upper_DD, dead_D=dead_D, damping=used)
         used *= 10
     raise NumericsError(

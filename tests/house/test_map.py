@@ -1,0 +1,107 @@
+"""What the README and the example configs say is there, is there: the map, the commands, the settings."""
+
+import re
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+from typer.main import get_command
+
+from cluster.cli import app
+from pipeline.config import RunConfig, load_config
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.y*ml"))
+
+
+def code_blocks() -> list[str]:
+    """The README's fenced blocks, without their fences."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return [dedent(block) for block in re.findall(r"^ *```[^\n]*\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)]
+
+
+def read_map(block: str) -> dict[str, str]:
+    """Each file of a drawn tree with its caption; depth is told by indentation, one line may name several files.
+
+    pipeline/              a directory, with or without a caption
+      errors.py            a file
+    cluster/
+    └── cli.py console.py  branches may be drawn
+    """
+    captions: dict[str, str] = {}
+    above: list[tuple[int, str]] = []
+    for line in filter(str.strip, block.splitlines()):
+        depth = len(line) - len(line.lstrip(" │├└─"))
+        while above and above[-1][0] >= depth:
+            above.pop()
+        directory = above[-1][1] if above else ""
+        names, caption = split_names(line[depth:])
+        for name in names:
+            if name.endswith("/"):
+                above.append((depth, directory + name))
+            else:
+                captions[directory + name] = caption
+    return captions
+
+
+def split_names(entry: str) -> tuple[list[str], str]:
+    """`a.py b.py   what they do` -> `[a.py, b.py]`, `what they do`."""
+    words = entry.split()
+    count = next((i for i, word in enumerate(words) if not word.endswith((".py", "/"))), len(words))
+    return words[:count], " ".join(words[count:])
+
+
+def mentioned_commands() -> set[str]:
+    """What follows `secateur` where a command begins, in the README's code blocks."""
+    pattern = re.compile(r"(?:^|&&|;|\|)[ \t]*(?:\$ )?secateur[ \t]+([a-z][a-z-]*)", re.MULTILINE)
+    return {name for block in code_blocks() for name in pattern.findall(block)}
+
+
+def commands() -> set[str]:
+    group = get_command(app)
+    return set(group.list_commands(group.make_context("secateur", [], resilient_parsing=True)))
+
+
+def test_a_map_is_read_as_it_is_drawn() -> None:
+    assert read_map(dedent(read_map.__doc__ or "").partition("\n\n")[2]) == {
+        "pipeline/errors.py": "a file",
+        "cluster/cli.py": "branches may be drawn",
+        "cluster/console.py": "branches may be drawn",
+    }
+
+
+def test_the_map_of_the_house_names_every_file_and_says_what_it_is_for() -> None:
+    (block,) = [block for block in code_blocks() if block.startswith("pipeline/")]
+    drawn = {path: caption for path, caption in read_map(block).items() if not path.endswith("/__init__.py")}
+    found = {
+        path.relative_to(ROOT).as_posix() for top in ("pipeline", "cluster") for path in (ROOT / top).rglob("*.py")
+    }
+    found = {path for path in found if not path.endswith("/__init__.py")}
+    assert drawn.keys() == found
+    assert [path for path, caption in drawn.items() if not caption] == []
+
+
+def test_the_readme_names_commands_that_exist() -> None:
+    mentioned = mentioned_commands()
+    assert len(mentioned) >= 3
+    assert mentioned - commands() == set()
+
+
+def test_there_are_configs_to_start_from() -> None:
+    assert len(CONFIGS) >= 3
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=str)
+def test_a_config_loads(path: Path) -> None:
+    assert isinstance(load_config(ROOT / path), RunConfig)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=str)
+def test_a_config_opens_with_its_purpose_and_the_exact_command(path: Path) -> None:
+    opening = re.match(r"(?:#.*\n)*", (ROOT / path).read_text(encoding="utf-8"))
+    assert opening is not None
+    lines = [line.lstrip("# ").rstrip() for line in opening[0].splitlines()]
+    called = [re.findall(r"secateur ([a-z-]+)", line) for line in lines if str(path) in line]
+    assert any(called), f"no line of the opening comment runs {path}"
+    assert {name for names in called for name in names} <= commands()
+    assert any(len(line.split()) >= 4 and "secateur " not in line for line in lines), "no line tells its purpose"

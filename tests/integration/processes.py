@@ -1,0 +1,111 @@
+"""Real processes for the tests in which one must die: forked from a server that has everything imported already.
+
+A child starts in milliseconds instead of the seconds that importing takes, and it may be killed like any process:
+nothing of it lives in the process of the tests.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cluster import console
+from pipeline.config import parse_config
+from pipeline.progress import Silent
+from pipeline.run import run
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 120
+"""Seconds after which a child counts as hung."""
+
+
+def fork_server() -> ForkServerContext:
+    """Return the context whose processes are forked from the server; the first start launches it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+class Child:
+    """A process that runs one function of this module; killed, if need be, when the `with` block ends."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.reports, theirs = multiprocessing.Pipe(duplex=False)
+        self.process: ForkServerProcess = fork_server().Process(target=function, args=(theirs, *arguments))
+        self.process.start()
+        theirs.close()
+
+    def __enter__(self) -> "Child":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.process.kill()
+        self.process.join()
+        self.reports.close()
+
+    def wait_for_report(self) -> Any:
+        """Return the next thing the child sends."""
+        assert self.reports.poll(PATIENCE), "the child has sent nothing"
+        return self.reports.recv()
+
+    def exit_status(self) -> int:
+        """Wait for the end; the status, or minus the number of the signal that ended it."""
+        self.process.join(PATIENCE)
+        assert self.process.exitcode is not None, "the child hangs"
+        return self.process.exitcode
+
+
+def prune(reports: Connection, settings: dict[str, Any]) -> None:
+    """Run a job, silently, having said that it begins."""
+    torch.set_num_threads(1)
+    config = parse_config(settings, "the test")
+    reports.send("begun")
+    run(config, Silent(), lambda: False)
+
+
+def prune_until_write(reports: Connection, settings: dict[str, Any], deadly: int) -> None:
+    """Run a job, and die (SIGKILL) in the middle of the `deadly`-th thing it makes durable."""
+    survived = 0
+
+    def mortal(original: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
+            nonlocal survived
+            survived += 1
+            if survived == deadly:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments, **named)
+
+        return call
+
+    for name in ("write", "fsync", "replace", "truncate"):
+        setattr(os, name, mortal(getattr(os, name)))
+    prune(reports, settings)
+
+
+def command(reports: Connection, arguments: Sequence[str], log: Path, signals: dict[str, int]) -> None:
+    """Call the `secateur` command with its output in a file; raise a signal as a line that is a key is said."""
+    with log.open("wb", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    said = console.PlainProgress.say
+
+    def say_and_raise(self: console.PlainProgress, text: str) -> None:
+        said(self, text)
+        for beginning, number in signals.items():
+            if text.startswith(beginning):
+                os.kill(os.getpid(), number)
+
+    console.PlainProgress.say = say_and_raise  # type: ignore[method-assign]
+    from cluster.cli import main
+
+    sys.argv = ["secateur", *arguments]
+    main()

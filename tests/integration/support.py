@@ -1,0 +1,142 @@
+"""What the integration tests share: tiny jobs in a temporary directory, run in this process, and their bytes."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from pipeline.config import RunConfig, load_config, parse_config
+from pipeline.progress import Silent
+from pipeline.report import Report
+from pipeline.run import run
+from tests.tiny import some_text
+
+RecipeEntries = Sequence[str | dict[str, Any]]
+
+SEQUENCES, TOKENS = 6, 24
+"""Of the calibration. 24 tokens is longer than the sliding window of the families that have one."""
+
+WINDOWS, LENGTH = 5, 20
+"""Of the evaluation."""
+
+
+def write_text(directory: Path) -> Path:
+    """Write the text that calibrates and evaluates."""
+    path = directory / "text.txt"
+    path.write_text(some_text(2_000), encoding="utf-8")
+    return path
+
+
+def job(
+    model: Path, output: Path, recipe: RecipeEntries = ("wanda",), sparsity: float | str = 0.5, **sections: Any
+) -> dict[str, Any]:
+    """A configuration as plain data, on the text that lies beside the model; `sections` replace or join it."""
+    text = str(model.parent / "text.txt")
+    return {
+        "model": str(model),
+        "output": str(output),
+        "calibration": {"source": {"text": text}, "sequences": SEQUENCES, "tokens": TOKENS},
+        "prune": {"recipe": list(recipe), "sparsity": sparsity},
+        "evaluate": {"text": text, "sequence_length": LENGTH, "windows": WINDOWS},
+    } | sections
+
+
+def carry_out(settings: dict[str, Any], progress: Silent | None = None, stop: Callable[[], bool] | None = None) -> Report:
+    """Run a job in this process, silently and to its end unless told otherwise."""
+    return run(parse_config(settings, "the test"), progress or Silent(), stop or (lambda: False))
+
+
+def carry_out_file(config: Path) -> None:
+    """Run a configuration file in this process: what a child of the fork server does."""
+    torch.set_num_threads(1)
+    loaded: RunConfig = load_config(config)
+    run(loaded, Silent(), lambda: False)
+
+
+def tensors_in(directory: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a model directory, read by the format's own library."""
+    files = sorted(directory.glob("*.safetensors"))
+    assert files
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two tensors are of one dtype and shape and equal to the bit."""
+    if (left.dtype, left.shape) != (right.dtype, right.shape):
+        return False
+    return torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
+
+
+def digests(directory: Path) -> dict[str, str]:
+    """sha256 of every file under a directory, by relative path."""
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def load(directory: Path) -> PreTrainedModel:
+    """The model as its users load it."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
+    return model.eval()
+
+
+def perplexity_of(model: PreTrainedModel, windows_WL: torch.Tensor) -> float:
+    """exp(sum of cross-entropies / (windows x (length - 1))) by the model's own forward."""
+    num_windows, length = windows_WL.shape
+    with torch.no_grad():
+        logits = model(windows_WL).logits[:, :-1].double()
+    total = cross_entropy(logits.flatten(0, 1), windows_WL[:, 1:].flatten(), reduction="sum")
+    return math.exp(total.item() / (num_windows * (length - 1)))
+
+
+def evaluation_windows(model: Path) -> torch.Tensor:
+    """The windows of the evaluation: the text beside the model, tokenised whole and cut from its start."""
+    text = (model.parent / "text.txt").read_text(encoding="utf-8")
+    ids = AutoTokenizer.from_pretrained(model)(text, return_tensors="pt")["input_ids"][0]
+    return ids[: WINDOWS * LENGTH].view(WINDOWS, LENGTH)
+
+
+def matrices(model: PreTrainedModel) -> dict[str, bool]:
+    """Parameter names of the matrices within the model's blocks -> whether they are stored [D, O]."""
+    inside = {
+        f"{name}.weight": isinstance(module, Conv1D)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and any(part.isdigit() for part in name.split("."))
+    }
+    assert inside
+    return inside
+
+
+def by_rows(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The prunable matrices among `tensors`, each seen as [O, D]."""
+    return {name: tensors[name].T if transposed else tensors[name] for name, transposed in matrices(model).items()}
+
+
+@contextmanager
+def untouched(directory: Path) -> Iterator[None]:
+    """Hold that what happens inside changes no file of a directory, adds none and takes none away."""
+    before = digests(directory)
+    yield
+    assert digests(directory) == before
+
+
+def run_command(arguments: Sequence[str | Path], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Call the `secateur` command's entry point in this process; return its exit status."""
+    from cluster.cli import main
+
+    monkeypatch.setattr("sys.argv", ["secateur", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert isinstance(exit_.value.code, int)
+    return exit_.value.code

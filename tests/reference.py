@@ -1,0 +1,131 @@
+"""The methods as their papers write them, in float64 and without a trick: what `pipeline` is held against.
+
+Slow and plain on purpose: Python's own stable sort, a new matrix inverse for every column, soft masks written out.
+Nothing here is taken from `pipeline`, so an agreement of the two means something.
+
+Shapes: O = out features (rows), D = in features (columns), T = tokens, P = candidate sparsities, G = groups of rows,
+C = channels, R = columns still to come.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy
+import torch
+
+# ------------------------------------------------------------------------------------------------- choosing by rank
+
+
+def ascending(scores: Sequence[float]) -> list[int]:
+    """Return positions from the lowest score to the highest; equal scores stay in their order."""
+    return sorted(range(len(scores)), key=lambda position: scores[position])
+
+
+def keep_in_list(scores: Sequence[float], num_pruned: int) -> list[bool]:
+    """Return which entries stay when the first `num_pruned` of the ascending order go."""
+    dropped = set(ascending(scores)[:num_pruned])
+    return [position not in dropped for position in range(len(scores))]
+
+
+def keep_in_rows(score_OD: torch.Tensor, num_pruned: int) -> torch.Tensor:
+    """Drop the `num_pruned` lowest of every row."""
+    return torch.tensor([keep_in_list(row, num_pruned) for row in score_OD.tolist()])
+
+
+def keep_in_matrix(score_OD: torch.Tensor, num_pruned: int) -> torch.Tensor:
+    """Drop the `num_pruned` lowest of all entries; equal ones go row by row."""
+    return torch.tensor(keep_in_list(score_OD.flatten().tolist(), num_pruned)).reshape(score_OD.shape)
+
+
+def keep_in_groups(score_OD: torch.Tensor, keep: int, group: int) -> torch.Tensor:
+    """Keep the `keep` highest of every `group` consecutive entries of every row."""
+    parts = [keep_in_rows(part, group - keep) for part in score_OD.split(group, dim=1)]
+    return torch.cat(parts, dim=1)
+
+
+def ranks_in_rows(score_OD: torch.Tensor) -> torch.Tensor:
+    """Return the place of every weight in its row's ascending order, 0 for the lowest."""
+    return torch.tensor([[ascending(row).index(column) for column in range(len(row))] for row in score_OD.tolist()])
+
+
+# ------------------------------------------------------------------------------------------------ Wanda, layer errors
+
+
+def wanda_scores(weight_OD: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
+    """Return |W_ij| * ||X_j||_2 (Sun et al., equation 1)."""
+    return weight_OD.double().abs() * x_TD.double().norm(dim=0)
+
+
+def output_error(weight_OD: torch.Tensor, pruned_OD: torch.Tensor, x_TD: torch.Tensor) -> float:
+    """Return ||X W^T - X W'^T||_F^2, what layer-wise pruning wants small."""
+    return (x_TD.double() @ (weight_OD.double() - pruned_OD.double()).T).square().sum().item()
+
+
+# -------------------------------------------------------------------------------------------------- brain surgeon
+
+
+def damped_hessian(gram_DD: torch.Tensor, damping: float) -> torch.Tensor:
+    """Return H + damping * mean(diag H) * I; features that were never active get 1 on the diagonal."""
+    hessian_DD = gram_DD.double().clone()
+    level = damping * hessian_DD.diagonal().mean()
+    for j in range(len(hessian_DD)):
+        hessian_DD[j, j] = hessian_DD[j, j] + level if hessian_DD[j, j] != 0 else 1.0
+    return hessian_DD
+
+
+Choice = Callable[[int, torch.Tensor], torch.Tensor | None]
+"""Asked before column j with the cost_OR of removing each weight from there on: keep masks from j on, or None."""
+
+
+def brain_surgeon(
+    weight_OD: torch.Tensor, hessian_DD: torch.Tensor, choose: Choice
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Optimal-brain-surgeon sweep with the columns taken from left to right; returns weights and keep mask.
+
+    Removing w_j costs w_j^2 / [H^-1]_jj and changes the other weights by -w_j / [H^-1]_jj * [H^-1]_j: . Columns left
+    of j are settled, so H is restricted to the columns from j on and inverted anew (Frantar and Alistarh, eq. 3, 4).
+    """
+    weight_OD = weight_OD.double().clone()
+    keep_OD = torch.ones_like(weight_OD, dtype=torch.bool)
+    num_columns = weight_OD.shape[1]
+    inverse_row_of = [torch.linalg.inv(hessian_DD[j:, j:])[0] for j in range(num_columns)]
+    own_D = torch.stack([inverse_row[0] for inverse_row in inverse_row_of])
+    for j in range(num_columns):
+        chosen = choose(j, weight_OD[:, j:].square() / own_D[j:])
+        if chosen is not None:
+            keep_OD[:, j : j + chosen.shape[1]] = chosen
+        removed_O = torch.where(keep_OD[:, j], 0.0, weight_OD[:, j])
+        weight_OD[:, j:] -= torch.outer(removed_O / own_D[j], inverse_row_of[j])
+        weight_OD[~keep_OD[:, j], j] = 0
+    return weight_OD, keep_OD
+
+
+# ---------------------------------------------------------------------------------------------------------- BESA
+
+
+def keep_probability(share_GP: torch.Tensor, rank_OD: torch.Tensor) -> torch.Tensor:
+    """Return K_rj = 1 - sum_i s_ri [rank_rj < floor(D p_i)] with p_i = i / (P - 1), written out for every weight."""
+    num_steps, num_columns = share_GP.shape[1] - 1, rank_OD.shape[1]
+    share_OP = share_GP.expand(len(rank_OD), -1)
+    pruned_OD = torch.zeros(rank_OD.shape, dtype=share_GP.dtype)
+    for i in range(num_steps + 1):
+        pruned_OD = pruned_OD + share_OP[:, i : i + 1] * (rank_OD < i * num_columns // num_steps)
+    return 1 - pruned_OD
+
+
+def straight_through_weight(
+    share_GP: torch.Tensor, weight_OD: torch.Tensor, rank_OD: torch.Tensor, num_pruned_G: torch.Tensor
+) -> torch.Tensor:
+    """Return W * M, where M has the value of the hard mask and the gradient of K (BESA, released code)."""
+    soft_OD = keep_probability(share_GP, rank_OD)
+    hard_OD = (rank_OD >= num_pruned_G[:, None]).to(soft_OD.dtype)
+    return weight_OD * (hard_OD + soft_OD - soft_OD.detach())
+
+
+def relative_error(output_BTC: torch.Tensor, target_BTC: torch.Tensor) -> float:
+    """Return the mean over channels of the squared error over the squared norm; a silent channel counts as 0."""
+    output, target = (numpy.asarray(x.tolist(), dtype=numpy.float64) for x in (output_BTC, target_BTC))
+    ratios = []
+    for c in range(target.shape[-1]):
+        norm = (target[..., c] ** 2).sum()
+        ratios.append(((output[..., c] - target[..., c]) ** 2).sum() / norm if norm > 0 else 0.0)
+    return float(numpy.mean(ratios))
