@@ -97,7 +97,7 @@ def evaluate(
         stored = checkpoint.matrix_dtype()
         skeleton = Skeleton(checkpoint, where, choose_dtype(compute.dtype, where, stored))
         progress = choose_progress(console)
-        perplexity = evaluate_checkpoint(checkpoint, tokens_WL, skeleton, compute.batch, progress, "evaluate")
+        perplexity = evaluate_checkpoint(skeleton, tokens_WL, compute.batch, progress, "evaluate", lambda: None)
     count, length = tokens_WL.shape
     console.print(f"perplexity {perplexity:.4f} on {count} windows of {length} tokens of {text}", highlight=False)
     emit(as_json, {"perplexity": perplexity, "windows": count, "sequence_length": length, "text": str(text)})

@@ -117,7 +117,7 @@ def show_report(console: Console, report: Report, run_directory: str, source: st
         table.add_row(name, value)
     console.print(table)
     for line in guidance(report.sparsity):
-        console.print(f"  - {line}", markup=False, highlight=False)
+        console.print(f"  - {line}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"Model: {run_directory}/model", markup=False, highlight=False, soft_wrap=True)
     console.print(
         f"Next:  secateur verify {run_directory} --source {source}",

@@ -5,7 +5,6 @@ crash never leaves something that looks whole.
 """
 
 import json
-import shutil
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +26,9 @@ def assemble(skeleton: Skeleton, ledger: Ledger, directory: Path, provenance: di
     if OUTSIDE not in ledger.notes:
         ledger.record(OUTSIDE, write_outside(skeleton, directory))
     for path in skeleton.checkpoint.side_files():
-        _copy(path, directory / path.relative_to(skeleton.checkpoint.directory))
+        target = directory / path.relative_to(skeleton.checkpoint.directory)
+        target.parent.mkdir(exist_ok=True)
+        write_atomically(target, path.read_bytes())
     write_atomically(directory / PROVENANCE, json.dumps(provenance, indent=2, sort_keys=True).encode() + b"\n")
     files = [outside_shard(skeleton.num_blocks), *(ledger.commits[i].file for i in sorted(ledger.commits))]
     entries = {file: read_header(directory / file) for file in files}
@@ -46,8 +47,3 @@ def write_outside(skeleton: Skeleton, directory: Path) -> dict[str, JsonValue]:
         outputs.append(OutputTensor(name=name, dtype=entry.dtype, shape=entry.shape, chunks=chunks))
     shard = write_shard(directory / outside_shard(skeleton.num_blocks), outputs)
     return {"file": shard.file, "sha256": shard.sha256, "num_bytes": shard.num_bytes}
-
-
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)

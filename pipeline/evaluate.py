@@ -5,6 +5,7 @@ exp(sum of cross-entropies / (windows * (L - 1))).
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from torch.nn.functional import cross_entropy
 
 from pipeline.activations import Boundary
 from pipeline.calibration import load_tokenizer, require_in_vocabulary, text_windows
-from pipeline.checkpoint import Checkpoint
 from pipeline.config import EvaluateConfig
 from pipeline.errors import CalibrationError
 from pipeline.progress import Progress
@@ -56,16 +56,19 @@ def load_windows(config: EvaluateConfig, tokenizer_directory: Path) -> torch.Ten
 
 
 def evaluate(
-    checkpoint: Checkpoint,
-    windows_WL: torch.Tensor,
     skeleton: Skeleton,
+    windows_WL: torch.Tensor,
     batch: int,
     progress: Progress,
     task: str,
+    between_blocks: Callable[[], None],
 ) -> float:
-    """Return the perplexity of a checkpoint on windows_WL. The skeleton is made for that checkpoint."""
+    """Return the perplexity of a skeleton's checkpoint on windows_WL (int64: W windows of L tokens).
+
+    `between_blocks` is called after every block, and may raise to end the evaluation.
+    """
     require_in_vocabulary(windows_WL, skeleton.vocab_size, "the evaluation text")
-    stream = Stream(skeleton, checkpoint)
+    stream = Stream(skeleton, skeleton.checkpoint)
     boundary = Boundary((len(windows_WL), windows_WL.shape[1], stream.num_features), skeleton.dtype)
     progress.begin(task, skeleton.num_blocks, 0)
     with torch.no_grad(), stream.outside_weights():
@@ -73,13 +76,14 @@ def evaluate(
             boundary.write(rows, stream.embed(windows_WL[rows]), "the embedding")
     for index in range(skeleton.num_blocks):
         progress.phase(index, "evaluate")
-        skeleton.load_block(index, checkpoint)
+        skeleton.load_block(index, skeleton.checkpoint)
         with torch.no_grad():
             for rows in boundary.batches(batch):
                 hidden_BTD = boundary.read(rows, skeleton.device)
                 boundary.write(rows, stream.run_block(index, hidden_BTD), f"block {index}")
         skeleton.release_block(index)
         progress.advance(index, "")
+        between_blocks()
     progress.phase(skeleton.num_blocks - 1, "head")
     perplexity = _perplexity(stream, boundary, windows_WL)
     progress.end()

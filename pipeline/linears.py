@@ -111,7 +111,7 @@ class Collector:
             if not all(statistic.is_finite() for statistic in statistics.values()):
                 raise NumericsError(
                     f"hidden states at the input of {block_name}.{name} hold NaN or Inf; nothing of it was "
-                    "written. Compute in float32 (`compute.dtype: float32`), or check the model with `secateur evaluate`"
+                    "written. Compute in float32 (`compute.dtype: float32`), or check the source model"
                 )
 
     def _hook(self, name: str) -> Any:

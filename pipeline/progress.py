@@ -1,7 +1,10 @@
 """What a long run tells while it works. The command line shows it; the pipeline only says it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
+
+StopAsked = Callable[[], bool]
+"""Asked between blocks: true once somebody wants the run to stop."""
 
 
 class Progress(Protocol):

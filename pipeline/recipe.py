@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import JsonValue, ValidationError
 
 from pipeline.methods import METHODS
 from pipeline.methods.step import BlockStep, Step
@@ -34,6 +34,10 @@ class Recipe:
     def needs_dense_stream(self) -> bool:
         """Whether the outputs to compare with are made on the dense stream."""
         return any(isinstance(step, BlockStep) and step.needs_dense_stream for step in self.steps)
+
+    def as_data(self) -> list[JsonValue]:
+        """Return every step with all its options, defaults filled in, as plain data."""
+        return [{_name(step): step.model_dump(mode="json")} for step in self.steps]
 
 
 def parse_recipe(entries: Sequence[str | dict[str, Any]], sparsity: Sparsity) -> Recipe:
@@ -69,15 +73,14 @@ def _parse_step(entry: str | dict[str, Any]) -> Step:
 
 
 def _disagreements(steps: Sequence[Step], sparsity: Sparsity) -> list[str]:
-    names = {method: name for name, method in METHODS.items()}
     problems = []
     if not steps:
         problems.append("a recipe needs at least one step")
     for position, step in enumerate(steps):
-        name = names[type(step)]
+        name = _name(step)
         if position > 0 and not step.accepts_mask:
             problems.append(
-                f"[{position}] {name} chooses a mask of its own, but {names[type(steps[0])]} has chosen one before "
+                f"[{position}] {name} chooses a mask of its own, but {_name(steps[0])} has chosen one before "
                 "it; put it first, or leave one of them out"
             )
         if position == 0 and isinstance(sparsity, SemiStructured) and not step.accepts_pattern:
@@ -86,3 +89,7 @@ def _disagreements(steps: Sequence[Step], sparsity: Sparsity) -> list[str]:
                 "use wanda or sparsegpt for N:M, or a fraction such as 0.5"
             )
     return problems
+
+
+def _name(step: Step) -> str:
+    return next(name for name, method in METHODS.items() if type(step) is method)

@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,15 +23,13 @@ from pipeline.evaluate import evaluate, load_windows
 from pipeline.hub import fetch_model
 from pipeline.ledger import Header, Ledger, RunLock
 from pipeline.meter import human_seconds
-from pipeline.progress import Progress
+from pipeline.progress import Progress, StopAsked
 from pipeline.report import REPORT, Report, build_report
 from pipeline.shards import remove_leftovers, write_atomically
 from pipeline.skeleton import Skeleton
 from pipeline.sources import describe
 from pipeline.stage import Order, Stage, Streams
 from pipeline.stream import Stream
-
-StopAsked = Callable[[], bool]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,17 +43,26 @@ class Job:
     ledger: Ledger
     model_directory: Path
     progress: Progress
+    stop_asked: StopAsked
+
+    def stop_if_asked(self) -> None:
+        """Raise RunStopped, between blocks, when a stop was asked for."""
+        if self.stop_asked():
+            raise RunStopped(
+                f"stopped as asked: {len(self.ledger.commits)} of {self.skeleton.num_blocks} blocks are committed in "
+                f"{self.config.output}. Go on with: secateur run {self.config.output}"
+            )
 
 
 def run(config: RunConfig, progress: Progress, stop_asked: StopAsked) -> Report:
     """Prune a model as configured, or go on where an earlier run of the same configuration ended.
 
-    Raises RunStopped after `stop_asked()` has turned true, once the block at hand is committed; every SecateurError
-    leaves the run directory so that the run can be started again.
+    Raises RunStopped once `stop_asked()` is true and the block at hand is committed; every SecateurError leaves the
+    run directory so that the run can be started again.
     """
-    with RunLock(config.output), open_job(config, progress) as job:
+    with RunLock(config.output), open_job(config, progress, stop_asked) as job:
         _evaluate(job, "before")
-        prune_blocks(job, stop_asked)
+        prune_blocks(job)
         assemble(job.skeleton, job.ledger, job.model_directory, provenance(job))
         _evaluate(job, "after")
         report = build_report(job.ledger, job.skeleton.num_blocks, job.skeleton.device)
@@ -66,7 +73,7 @@ def run(config: RunConfig, progress: Progress, stop_asked: StopAsked) -> Report:
 
 
 @contextmanager
-def open_job(config: RunConfig, progress: Progress) -> Iterator[Job]:
+def open_job(config: RunConfig, progress: Progress, stop_asked: StopAsked) -> Iterator[Job]:
     """Open the source, load the calibration tokens, and open or begin the ledger."""
     directory = model_directory_of(config)
     with closing(Checkpoint.open(directory)) as checkpoint:
@@ -80,9 +87,15 @@ def open_job(config: RunConfig, progress: Progress) -> Iterator[Job]:
         model_directory.mkdir(exist_ok=True)
         remove_leftovers(model_directory)
         yield Job(
-            config=config, checkpoint=checkpoint, skeleton=skeleton, calibration=calibration, ledger=ledger,
-            model_directory=model_directory, progress=progress,
-        )  # fmt: skip
+            config=config,
+            checkpoint=checkpoint,
+            skeleton=skeleton,
+            calibration=calibration,
+            ledger=ledger,
+            model_directory=model_directory,
+            progress=progress,
+            stop_asked=stop_asked,
+        )
 
 
 def model_directory_of(config: RunConfig) -> Path:
@@ -102,7 +115,7 @@ def header_of(config: RunConfig, skeleton: Skeleton, calibration: CalibrationSet
         "batch": config.compute.batch,
     }
     return Header(
-        config={"prune": plain["prune"], "compute": compute},
+        config={"prune": {**plain["prune"], "recipe": config.prune.steps.as_data()}, "compute": compute},
         source=skeleton.checkpoint.fingerprint(),
         calibration=calibration.sha256,
         versions={
@@ -112,7 +125,7 @@ def header_of(config: RunConfig, skeleton: Skeleton, calibration: CalibrationSet
     )
 
 
-def prune_blocks(job: Job, stop_asked: StopAsked) -> None:
+def prune_blocks(job: Job) -> None:
     """Prune every block the ledger does not hold yet."""
     remaining = job.ledger.remaining(job.skeleton.num_blocks)
     if not remaining:
@@ -132,8 +145,7 @@ def prune_blocks(job: Job, stop_asked: StopAsked) -> None:
     for index in remaining:
         commit, watch = stage.prune_block(index)
         job.ledger.commit(commit)
-        if stop_asked() and index + 1 < job.skeleton.num_blocks:
-            raise stopped(job, index + 1)
+        job.stop_if_asked()
         stage.propagate(index, watch)
         job.ledger.record(f"propagate.{index}", watch.seconds["propagate"])
         job.progress.advance(index, f"error {commit.error:.4f}, {human_seconds(sum(watch.seconds.values()))}")
@@ -148,16 +160,9 @@ def replay_committed(job: Job, stage: Stage, num_committed: int) -> None:
     job.progress.begin("replay", num_committed, 0)
     for index in range(num_committed):
         stage.replay(index, job.ledger.commits[index])
+        job.stop_if_asked()
         job.progress.advance(index, "")
     job.progress.end()
-
-
-def stopped(job: Job, num_committed: int) -> RunStopped:
-    """Say how far the run came and how it goes on."""
-    return RunStopped(
-        f"stopped as asked: {num_committed} of {job.skeleton.num_blocks} blocks are committed in "
-        f"{job.config.output}. Go on with: secateur run {job.config.output}"
-    )
 
 
 def embed_calibration(job: Job) -> Boundary:
@@ -203,6 +208,6 @@ def _evaluate(job: Job, when: str) -> None:
     with closing(Checkpoint.open(directory)) as checkpoint:
         skeleton = Skeleton(checkpoint, job.skeleton.device, job.skeleton.dtype)
         task = f"evaluate {when}"
-        perplexity = evaluate(checkpoint, windows_WL, skeleton, job.config.compute.batch, job.progress, task)
+        perplexity = evaluate(skeleton, windows_WL, job.config.compute.batch, job.progress, task, job.stop_if_asked)
     job.ledger.record(name, {"perplexity": perplexity, "on": text})
     job.progress.say(f"perplexity {when}: {perplexity:.2f}")

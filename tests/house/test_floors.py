@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 FLOORS = {
-    0: "pipeline: devices errors header meter progress shard_names sparsity statistics",
+    0: "pipeline: devices errors header meter numerics progress shard_names sparsity statistics",
     1: "pipeline: methods shards",
     2: "pipeline: calibration checkpoint config hub ledger recipe sources",
     3: "pipeline: activations linears skeleton",
@@ -35,7 +35,7 @@ PACKAGES_WITH_CODE = {Path("pipeline/methods/__init__.py")}
 
 
 def _floor_of_listed() -> dict[str, int]:
-    listed = {}
+    listed: dict[str, int] = {}
     for floor, line in FLOORS.items():
         package, names = line.split(": ")
         listed |= {f"{package}.{name}": floor for name in names.split()}

@@ -21,26 +21,23 @@ def code_blocks() -> list[str]:
 
 
 def read_map(block: str) -> dict[str, str]:
-    """Each file of a drawn tree with its caption; depth is told by indentation, one line may name several files.
+    """Each file and directory of a drawn tree with its caption; depth is told by indentation.
 
     pipeline/              a directory, with or without a caption
       errors.py            a file
+      methods/             a directory in it
     cluster/
-    └── cli.py console.py  branches may be drawn
+    └── cli.py console.py  branches may be drawn, and one line may name several files
     """
     captions: dict[str, str] = {}
     above: list[tuple[int, str]] = []
     for line in filter(str.strip, block.splitlines()):
         depth = len(line) - len(line.lstrip(" │├└─"))
-        while above and above[-1][0] >= depth:
-            above.pop()
+        above = [entry for entry in above if entry[0] < depth]
         directory = above[-1][1] if above else ""
         names, caption = split_names(line[depth:])
-        for name in names:
-            if name.endswith("/"):
-                above.append((depth, directory + name))
-            else:
-                captions[directory + name] = caption
+        captions |= {directory + name: caption for name in names}
+        above += [(depth, directory + name) for name in names if name.endswith("/")]
     return captions
 
 
@@ -62,23 +59,30 @@ def commands() -> set[str]:
     return set(group.list_commands(group.make_context("secateur", [], resilient_parsing=True)))
 
 
+def rooms() -> set[str]:
+    """What the map has to show: the modules of the two packages, and the packages within them as a whole."""
+    paths = [path for top in ("pipeline", "cluster") for path in (ROOT / top).iterdir()]
+    modules = {path.relative_to(ROOT).as_posix() for path in paths if path.suffix == ".py"}
+    packages = {path.relative_to(ROOT).as_posix() + "/" for path in paths if (path / "__init__.py").exists()}
+    return {name for name in modules | packages if not name.endswith("/__init__.py")}
+
+
 def test_a_map_is_read_as_it_is_drawn() -> None:
-    assert read_map(dedent(read_map.__doc__ or "").partition("\n\n")[2]) == {
+    assert read_map((read_map.__doc__ or "").partition("\n\n")[2]) == {
+        "pipeline/": "a directory, with or without a caption",
         "pipeline/errors.py": "a file",
-        "cluster/cli.py": "branches may be drawn",
-        "cluster/console.py": "branches may be drawn",
+        "pipeline/methods/": "a directory in it",
+        "cluster/": "",
+        "cluster/cli.py": "branches may be drawn, and one line may name several files",
+        "cluster/console.py": "branches may be drawn, and one line may name several files",
     }
 
 
 def test_the_map_of_the_house_names_every_file_and_says_what_it_is_for() -> None:
     (block,) = [block for block in code_blocks() if block.startswith("pipeline/")]
-    drawn = {path: caption for path, caption in read_map(block).items() if not path.endswith("/__init__.py")}
-    found = {
-        path.relative_to(ROOT).as_posix() for top in ("pipeline", "cluster") for path in (ROOT / top).rglob("*.py")
-    }
-    found = {path for path in found if not path.endswith("/__init__.py")}
-    assert drawn.keys() == found
-    assert [path for path, caption in drawn.items() if not caption] == []
+    drawn = {name: caption for name, caption in read_map(block).items() if re.match(r"(pipeline|cluster)/.", name)}
+    assert drawn.keys() == rooms()
+    assert [name for name, caption in drawn.items() if not caption] == []
 
 
 def test_the_readme_names_commands_that_exist() -> None:

@@ -40,7 +40,7 @@ def shown(path: Path, node: ast.AST | None = None) -> str:
 
 def function_lengths() -> dict[str, int]:
     """Lines of each function and method, from `def` to its last line, docstring and all."""
-    lengths = {}
+    lengths: dict[str, int] = {}
     for path in PRODUCT:
         for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

@@ -6,6 +6,7 @@ nothing of it lives in the process of the tests.
 
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 from collections.abc import Sequence
@@ -14,11 +15,11 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
-from cluster import console
+from cluster import cli, console
 from pipeline.config import parse_config
+from pipeline.ledger import RunLock
 from pipeline.progress import Silent
 from pipeline.run import run
 
@@ -90,22 +91,36 @@ def prune_until_write(reports: Connection, settings: dict[str, Any], deadly: int
     prune(reports, settings)
 
 
-def command(reports: Connection, arguments: Sequence[str], log: Path, signals: dict[str, int]) -> None:
-    """Call the `secateur` command with its output in a file; raise a signal as a line that is a key is said."""
+def prune_with_small_files(reports: Connection, settings: dict[str, Any], largest: int) -> None:
+    """Run a job where no file may grow beyond `largest` bytes, as on a disk that is full; report the error."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+    try:
+        prune(reports, settings)
+    except BaseException as error:
+        reports.send((type(error).__name__, str(error)))
+        raise
+
+
+def hold(reports: Connection, run_directory: Path) -> None:
+    """Hold a run directory until killed."""
+    with RunLock(run_directory):
+        reports.send("held")
+        signal.pause()
+
+
+def command(reports: Connection, arguments: Sequence[str], log: Path, signals: dict[str, list[int]]) -> None:
+    """Call the `secateur` command with its output in a file; raise signals as a line that starts so is said."""
     with log.open("wb", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
-    said = console.PlainProgress.say
+    say = console.PlainProgress.say
 
     def say_and_raise(self: console.PlainProgress, text: str) -> None:
-        said(self, text)
-        for beginning, number in signals.items():
-            if text.startswith(beginning):
-                os.kill(os.getpid(), number)
+        say(self, text)
+        for number in next((signals[line] for line in signals if text.startswith(line)), []):
+            os.kill(os.getpid(), number)
 
-    console.PlainProgress.say = say_and_raise  # type: ignore[method-assign]
-    from cluster.cli import main
-
+    console.PlainProgress.say = say_and_raise
     sys.argv = ["secateur", *arguments]
-    main()
+    cli.main()

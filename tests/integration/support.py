@@ -14,7 +14,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.config import RunConfig, load_config, parse_config
+from pipeline.config import parse_config
+from pipeline.ledger import Ledger
 from pipeline.progress import Silent
 from pipeline.report import Report
 from pipeline.run import run
@@ -55,11 +56,19 @@ def carry_out(settings: dict[str, Any], progress: Silent | None = None, stop: Ca
     return run(parse_config(settings, "the test"), progress or Silent(), stop or (lambda: False))
 
 
-def carry_out_file(config: Path) -> None:
-    """Run a configuration file in this process: what a child of the fork server does."""
-    torch.set_num_threads(1)
-    loaded: RunConfig = load_config(config)
-    run(loaded, Silent(), lambda: False)
+def outcome(run_directory: Path) -> dict[str, Any]:
+    """What a run has made, without what may differ between two runs: times, places and who holds the lock."""
+    commits = Ledger.read(run_directory).commits
+    return {
+        "files": digests(run_directory / "model"),
+        "commits": {block: (commit.sha256, commit.error, commit.linears) for block, commit in commits.items()},
+    }
+
+
+def finishes_after(num_blocks: int) -> Callable[[], bool]:
+    """A question that asks for a stop once so many more blocks are committed."""
+    asked = iter(range(1, num_blocks + 1))
+    return lambda: next(asked) == num_blocks
 
 
 def tensors_in(directory: Path) -> dict[str, torch.Tensor]:

@@ -33,9 +33,14 @@ def gram_of(x_TD: torch.Tensor) -> Gram:
 
 
 def prune(
-    weight_OD: torch.Tensor, gram: Gram, sparsity: Sparsity, keep_OD: torch.Tensor | None = None, slab: int = 128
+    weight_OD: torch.Tensor,
+    gram: Gram,
+    sparsity: Sparsity,
+    keep_OD: torch.Tensor | None = None,
+    slab: int = 128,
+    damping: float = DAMPING,
 ) -> tuple[torch.Tensor, PrunedLinear]:
-    pruned = SparseGPT(damping=DAMPING, slab=slab).solver(gram)(weight_OD, keep_OD, sparsity)
+    pruned = SparseGPT(damping=damping, slab=slab).solver(gram)(weight_OD, keep_OD, sparsity)
     assert pruned.weight_OD is not None
     return pruned.weight_OD, pruned
 
@@ -156,7 +161,7 @@ def test_correlated_inputs_let_it_err_less_than_wanda(sparsity: Sparsity) -> Non
     keep_OD = Wanda().solver(squares)(weight_OD, None, sparsity).keep_OD
     own_OD, own = prune(weight_OD, gram_of(x_TD), sparsity)
     wandas_OD, wandas = prune(weight_OD, gram_of(x_TD), sparsity, keep_OD)
-    assert own.keep_OD.sum() <= keep_OD.sum() + 32  # the same budget; Wanda rounds it down in every row
+    assert own.keep_OD.sum() <= keep_OD.sum()  # Wanda rounds down in every row, so it may keep some more
     assert torch.equal(wandas.keep_OD, keep_OD)
     dense_error = reference.output_error(weight_OD, weight_OD * keep_OD, x_TD)
     assert reference.output_error(weight_OD, own_OD, x_TD) < 0.9 * dense_error
@@ -227,10 +232,15 @@ def pairwise(off_diagonal: float) -> Gram:
     return Gram(torch.block_diag(*[torch.tensor([[1.0, off_diagonal], [off_diagonal, 1.0]])] * 4), num_tokens=1)
 
 
-@pytest.mark.parametrize(("off_diagonal", "needed"), [(0.9, 0.01), (1.05, 0.1), (1.5, 1.0)])
-def test_damping_grows_until_the_factorisation_succeeds_and_is_noted(off_diagonal: float, needed: float) -> None:
+@pytest.mark.parametrize(
+    ("off_diagonal", "damping", "needed"),
+    [(0.9, 0.01, 0.01), (1.05, 0.01, 0.1), (1.5, 0.01, 1.0), (1.2, 0.03, 0.3), (1.5, 0.03, 1.0)],
+)
+def test_damping_grows_until_the_factorisation_succeeds_and_is_noted(
+    off_diagonal: float, damping: float, needed: float
+) -> None:
     weight_OD = normal(6, 8, seed=19)
-    updated_OD, pruned = prune(weight_OD, pairwise(off_diagonal), HALF)
+    updated_OD, pruned = prune(weight_OD, pairwise(off_diagonal), HALF, damping=damping)
     assert pruned.notes["damping"] == pytest.approx(needed)
     hessian_DD = reference.damped_hessian(pairwise(off_diagonal).gram_DD, needed)
     expected_OD, _ = reference.brain_surgeon(weight_OD, hessian_DD, given(pruned.keep_OD))
