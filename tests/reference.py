@@ -38,7 +38,7 @@ def keep_in_matrix(score_OD: torch.Tensor, num_pruned: int) -> torch.Tensor:
 
 def keep_in_groups(score_OD: torch.Tensor, keep: int, group: int) -> torch.Tensor:
     """Keep the `keep` highest of every `group` consecutive entries of every row."""
-    parts = [keep_in_rows(part, group - keep) for part in score_OD.split(group, dim=1)]
+    parts = [keep_in_rows(part, group - keep) for part in torch.split(score_OD, group, dim=1)]
     return torch.cat(parts, dim=1)
 
 
@@ -52,12 +52,12 @@ def ranks_in_rows(score_OD: torch.Tensor) -> torch.Tensor:
 
 def wanda_scores(weight_OD: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
     """Return |W_ij| * ||X_j||_2 (Sun et al., equation 1)."""
-    return weight_OD.double().abs() * x_TD.double().norm(dim=0)
+    return weight_OD.double().abs() * x_TD.double().square().sum(dim=0).sqrt()
 
 
 def output_error(weight_OD: torch.Tensor, pruned_OD: torch.Tensor, x_TD: torch.Tensor) -> float:
     """Return ||X W^T - X W'^T||_F^2, what layer-wise pruning wants small."""
-    return (x_TD.double() @ (weight_OD.double() - pruned_OD.double()).T).square().sum().item()
+    return float((x_TD.double() @ (weight_OD.double() - pruned_OD.double()).T).square().sum())
 
 
 # -------------------------------------------------------------------------------------------------- brain surgeon

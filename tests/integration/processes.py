@@ -31,7 +31,7 @@ PATIENCE = 120
 def fork_server() -> ForkServerContext:
     """Return the context whose processes are forked from the server; the first start launches it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, "transformers.models.llama.modeling_llama"])
     return context
 
 

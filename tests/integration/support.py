@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from cluster.cli import main
 from pipeline.config import parse_config
 from pipeline.ledger import Ledger
 from pipeline.progress import Silent
@@ -51,7 +53,9 @@ def job(
     } | sections
 
 
-def carry_out(settings: dict[str, Any], progress: Silent | None = None, stop: Callable[[], bool] | None = None) -> Report:
+def carry_out(
+    settings: dict[str, Any], progress: Silent | None = None, stop: Callable[[], bool] | None = None
+) -> Report:
     """Run a job in this process, silently and to its end unless told otherwise."""
     return run(parse_config(settings, "the test"), progress or Silent(), stop or (lambda: False))
 
@@ -65,10 +69,9 @@ def outcome(run_directory: Path) -> dict[str, Any]:
     }
 
 
-def finishes_after(num_blocks: int) -> Callable[[], bool]:
-    """A question that asks for a stop once so many more blocks are committed."""
-    asked = iter(range(1, num_blocks + 1))
-    return lambda: next(asked) == num_blocks
+def committed(run_directory: Path, num_blocks: int) -> Callable[[], bool]:
+    """A question that turns true, and asks for a stop, once so many blocks are committed."""
+    return lambda: len(Ledger.read(run_directory).commits) >= num_blocks
 
 
 def tensors_in(directory: Path) -> dict[str, torch.Tensor]:
@@ -142,10 +145,13 @@ def untouched(directory: Path) -> Iterator[None]:
 
 def run_command(arguments: Sequence[str | Path], monkeypatch: pytest.MonkeyPatch) -> int:
     """Call the `secateur` command's entry point in this process; return its exit status."""
-    from cluster.cli import main
-
     monkeypatch.setattr("sys.argv", ["secateur", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_:
-        main()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as exit_:
+            main()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     assert isinstance(exit_.value.code, int)
     return exit_.value.code

@@ -8,8 +8,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.progress import Silent
-from pipeline.run import run
-from pipeline.config import parse_config
 from pipeline.verify import verify
 from tests.integration.support import (
     by_rows,

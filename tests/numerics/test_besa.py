@@ -6,10 +6,11 @@ from typing import Literal
 
 import pytest
 import torch
+from prodigyopt import Prodigy
 
 from pipeline.errors import NumericsError
 from pipeline.methods.besa import Besa, LearnableRows, block_sparsity
-from pipeline.methods.row_sparsity import tilt_towards
+from pipeline.methods.row_sparsity import shares, tilt_towards
 from pipeline.methods.step import PrunedLinear
 from pipeline.sparsity import Unstructured, row_ranks
 from pipeline.statistics import ColumnSquares, Statistic
@@ -25,11 +26,14 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-class MlpBlock:
-    """A `BlockView`: y = x + relu(x up^T) down^T on 16 sequences of 12 tokens of 20 features, 50 hidden units.
+NUM_WEIGHTS = 2 * 40 * 80
 
-    What its rows can spare differs: the weights of `up` are mostly specks beside a few large ones, the more so the
-    later the row, while those of `down` are alike.
+
+class MlpBlock:
+    """A `BlockView`: y = x + relu(x up^T) down^T on 16 sequences of 12 tokens, 40 features, 80 hidden units.
+
+    What can be spared is uneven: from half of the weights of the first row of `up` to nearly all of its last are
+    specks, while those of `down` are all alike.
     """
 
     def __init__(self) -> None:
@@ -77,8 +81,8 @@ def prune(besa: Besa, percent: int, block: MlpBlock | None = None) -> tuple[dict
 
 @cache
 def trained(granularity: Granularity, percent: int) -> tuple[dict[str, PrunedLinear], Figures]:
-    """A run of default options but for the granularity, shared by the tests that only look at it."""
-    return prune(Besa(granularity=granularity, epochs=4), percent)
+    """A run of default options but for the granularity, shared by the tests that only look at its result."""
+    return prune(Besa(granularity=granularity), percent)
 
 
 def error_under(keep: Mapping[str, torch.Tensor], block: MlpBlock) -> float:
@@ -100,16 +104,16 @@ def uniform_wanda(block: MlpBlock, percent: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("percent", [5, 30, 50, 70, 95])
 def test_the_block_loses_exactly_its_budget(granularity: Granularity, percent: int) -> None:
     pruned, _ = trained(granularity, percent)
-    assert sum((~linear.keep_OD).sum().item() for linear in pruned.values()) == percent * 2000 // 100
+    assert sum((~linear.keep_OD).sum().item() for linear in pruned.values()) == percent * NUM_WEIGHTS // 100
 
 
 @GRANULARITIES
-@pytest.mark.parametrize("percent", [30, 50, 70])
+@pytest.mark.parametrize("percent", [50, 70])
 def test_the_block_errs_less_than_under_wanda_at_the_same_sparsity(granularity: Granularity, percent: int) -> None:
     pruned, _ = trained(granularity, percent)
     learnt = error_under({name: linear.keep_OD for name, linear in pruned.items()}, MlpBlock())
     uniform = error_under(uniform_wanda(MlpBlock(), percent), MlpBlock())
-    assert learnt < 0.97 * uniform
+    assert learnt < 0.95 * uniform
 
 
 @GRANULARITIES
@@ -120,7 +124,7 @@ def test_what_can_be_spared_is_pruned_harder(granularity: Granularity) -> None:
 
 def test_rows_of_specks_are_pruned_harder_than_their_neighbours() -> None:
     kept_O = trained("row", 50)[0]["up"].keep_OD.float().mean(dim=1)
-    assert kept_O[-15:].mean() < kept_O[:15].mean()
+    assert kept_O[-20:].mean() < kept_O[:20].mean()
 
 
 @GRANULARITIES
@@ -149,7 +153,7 @@ def test_weights_are_never_changed(granularity: Granularity) -> None:
 
 @GRANULARITIES
 def test_two_runs_are_one(granularity: Granularity) -> None:
-    again, figures = prune(Besa(granularity=granularity, epochs=4), 50)
+    again, figures = prune(Besa(granularity=granularity), 50)
     first, first_figures = trained(granularity, 50)
     assert all(torch.equal(again[name].keep_OD, first[name].keep_OD) for name in first)
     assert figures == first_figures
@@ -158,7 +162,7 @@ def test_two_runs_are_one(granularity: Granularity) -> None:
 @GRANULARITIES
 @pytest.mark.parametrize("percent", [30, 50, 70])
 def test_it_starts_at_the_target_from_wandas_error_without_penalty(granularity: Granularity, percent: int) -> None:
-    """Rows of 20 and 50 can drop 30, 50 and 70 percent exactly, so the first mask is uniform Wanda's."""
+    """Rows of 40 and 80 can drop 30, 50 and 70 percent exactly, so the first mask is uniform Wanda's."""
     _, figures = prune(Besa(granularity=granularity, batch=16), percent)
     first = figures[0]
     assert first["sparsity"] == pytest.approx(percent / 100, abs=1e-6)
@@ -167,9 +171,42 @@ def test_it_starts_at_the_target_from_wandas_error_without_penalty(granularity: 
     assert penalty < 1e-10
 
 
+def textbook_descent(block: MlpBlock, target: float, num_updates: int) -> list[tuple[float, float]]:
+    """Return (error, sparsity) before every update, one sequence each, with masks and loss written out in full."""
+    ranks = {n: reference.ranks_in_rows(reference.wanda_scores(w, block.inputs(n))) for n, w in block.weights.items()}
+    thetas = {n: torch.zeros(len(w), 101, requires_grad=True) for n, w in block.weights.items()}
+    optimizer = Prodigy(list(thetas.values()), lr=1.0, d_coef=5.0)
+    figures = []
+    for i in range(num_updates):
+        optimizer.zero_grad()
+        masked, num_pruned = {}, torch.zeros(())
+        for name, weight_OD in block.weights.items():
+            share_GP = shares(thetas[name], tilt_towards(target, torch.device("cpu")), 1.0)
+            wanted_G = share_GP @ (torch.arange(101) / 100) * weight_OD.shape[1]
+            masked[name] = reference.straight_through_weight(share_GP, weight_OD, ranks[name], wanted_G.floor())
+            num_pruned = num_pruned + wanted_G.sum()
+        output, expected = block.output(masked, slice(i, i + 1)), block.target(slice(i, i + 1))
+        error = ((output - expected).square().sum(dim=(0, 1)) / expected.square().sum(dim=(0, 1))).mean()
+        sparsity = num_pruned / NUM_WEIGHTS
+        torch.autograd.backward(error + 5 * ((sparsity - target) / target) ** 2)
+        optimizer.step()
+        figures.append((error.item(), sparsity.item()))
+    return figures
+
+
+@pytest.mark.parametrize("percent", [31, 51, 69])
+def test_the_descent_is_that_of_the_soft_masks_written_out(percent: int) -> None:
+    """At these targets rows start far from whole counts, so rounding cannot make the two part at a floor."""
+    _, figures = prune(Besa(batch=1, penalty=5.0, reach=1.0, growth=5.0), percent)
+    expected = textbook_descent(MlpBlock(), percent / 100, num_updates=len(figures))
+    assert [step["error"] for step in figures] == pytest.approx([error for error, _ in expected], rel=1e-3)
+    assert [step["sparsity"] for step in figures] == pytest.approx([sparsity for _, sparsity in expected], rel=1e-4)
+    assert figures[-1]["sparsity"] != pytest.approx(percent / 100, rel=1e-3)
+
+
 def test_a_stiffer_penalty_keeps_the_block_closer_to_the_target() -> None:
-    loose, stiff = (prune(Besa(epochs=4, penalty=penalty), 50)[1][-1]["sparsity"] for penalty in (1e-6, 1e3))
-    assert abs(stiff - 0.5) < 0.01 < abs(loose - 0.5)
+    loose, stiff = (prune(Besa(penalty=penalty), 50)[1][-1]["sparsity"] for penalty in (1e-6, 1e3))
+    assert abs(stiff - 0.5) < abs(loose - 0.5)
 
 
 def test_every_update_is_reported_with_its_epoch() -> None:
@@ -192,21 +229,25 @@ def test_a_loss_that_is_not_finite_stops_the_block() -> None:
         prune(Besa(), 50, BrokenBlock())
 
 
-def test_the_sparsity_of_a_block_weighs_its_linears_by_size() -> None:
-    def untrained(num_rows: int, num_columns: int, target: float) -> LearnableRows:
-        weight_OD = normal(num_rows, num_columns, seed=4)
-        return LearnableRows(
-            name="linear",
-            weight_OD=weight_OD,
-            rank_OD=row_ranks(weight_OD),
-            theta_GP=torch.zeros(num_rows, 101, requires_grad=True),
-            tilt_P=tilt_towards(target, torch.device("cpu")),
-            reach=1.0,
-        )
+def untrained(num_rows: int, num_columns: int, target: float) -> LearnableRows:
+    weight_OD = normal(num_rows, num_columns, seed=4)
+    return LearnableRows(
+        name="linear",
+        weight_OD=weight_OD,
+        rank_OD=row_ranks(weight_OD),
+        theta_GP=torch.zeros(num_rows, 101, requires_grad=True),
+        tilt_P=tilt_towards(target, torch.device("cpu")),
+        reach=1.0,
+    )
 
+
+def test_the_sparsity_of_a_block_weighs_its_linears_by_size() -> None:
     rows = [untrained(30, 10, 0.2), untrained(10, 10, 0.6)]
-    sparsity = block_sparsity(rows, [r.shares() for r in rows])
+    shares_of = [r.shares() for r in rows]
+    sparsity = block_sparsity(rows, shares_of)
     assert sparsity.item() == pytest.approx((300 * 0.2 + 100 * 0.6) / 400, abs=1e-6)
+    for share_GP, part in zip(torch.autograd.grad(sparsity, shares_of), (300 / 400 / 30, 100 / 400 / 10), strict=True):
+        assert torch.allclose(share_GP, (part * torch.arange(101) / 100).expand_as(share_GP), rtol=1e-5)
 
 
 def test_its_statistic_is_wandas() -> None:

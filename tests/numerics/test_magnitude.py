@@ -53,7 +53,7 @@ def test_patterns_compete_within_their_group_in_either_scope(scope: Scope, keep:
 def test_ties_of_coarse_weights_still_give_the_exact_count(scope: Scope, dtype: torch.dtype) -> None:
     """A threshold would drop all of the equal weights with the first."""
     weight_OD = (weights(16, 32).clamp(-1, 1) * 4).round().div(4).to(dtype)
-    assert weight_OD.unique().numel() < 10
+    assert len(set(weight_OD.flatten().tolist())) < 10
     keep_OD = prune(weight_OD, Unstructured(ratio=0.5), scope)
     assert (~keep_OD).sum().item() == 16 * 32 // 2
 

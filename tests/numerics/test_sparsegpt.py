@@ -69,7 +69,7 @@ def by_group(keep: int, group: int) -> reference.Choice:
 
 
 def distance(left: torch.Tensor, right: torch.Tensor) -> float:
-    return ((left.double() - right.double()).norm() / right.double().norm()).item()
+    return float((left.double() - right.double()).norm() / right.double().norm())
 
 
 @pytest.mark.parametrize(("num_columns", "slab"), [(32, 128), (96, 32), (100, 24), (37, 1), (160, 128)])
@@ -229,7 +229,8 @@ def test_the_factor_is_that_of_the_inverse(num_features: int, num_tokens: int) -
 
 def pairwise(off_diagonal: float) -> Gram:
     """A Gram matrix that rounding has made indefinite: eigenvalues 1 + and 1 - `off_diagonal`."""
-    return Gram(torch.block_diag(*[torch.tensor([[1.0, off_diagonal], [off_diagonal, 1.0]])] * 4), num_tokens=1)
+    pair = torch.tensor([[1.0, off_diagonal], [off_diagonal, 1.0]])
+    return Gram(torch.kron(torch.eye(4), pair), num_tokens=1)
 
 
 @pytest.mark.parametrize(

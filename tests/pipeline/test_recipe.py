@@ -1,0 +1,110 @@
+"""Recipes: what is read, what a recipe needs, and every refusal in its words."""
+
+from typing import Any
+
+import pytest
+
+from pipeline.methods import METHODS
+from pipeline.methods.besa import Besa
+from pipeline.methods.magnitude import Magnitude
+from pipeline.methods.sparsegpt import SparseGPT
+from pipeline.methods.step import BlockStep, LinearStep
+from pipeline.methods.wanda import Wanda
+from pipeline.recipe import parse_recipe
+from pipeline.sparsity import SemiStructured, Sparsity, Unstructured
+from pipeline.statistics import ColumnSquares, Gram
+
+HALF = Unstructured(ratio=0.5)
+TWO_OF_FOUR = SemiStructured(keep=2, group=4)
+Entries = list[str | dict[str, Any]]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_a_recipe_of_its_own(name: str) -> None:
+    (step,) = parse_recipe([name], HALF).steps
+    assert type(step) is METHODS[name]
+    assert isinstance(step, LinearStep) != isinstance(step, BlockStep)
+
+
+def test_steps_come_in_order_with_their_options() -> None:
+    recipe = parse_recipe([{"besa": {"epochs": 2, "granularity": "linear"}}, {"sparsegpt": {"damping": 0.1}}], HALF)
+    assert recipe.steps == (Besa(epochs=2, granularity="linear"), SparseGPT(damping=0.1))
+
+
+@pytest.mark.parametrize("entry", ["wanda", {"wanda": None}, {"wanda": {}}])
+def test_a_step_without_options_has_the_defaults(entry: str | dict[str, Any]) -> None:
+    assert parse_recipe([entry], HALF).steps == (Wanda(),)
+
+
+@pytest.mark.parametrize("entries", [["wanda"], ["magnitude"], ["sparsegpt"], ["wanda", "sparsegpt"]])
+def test_patterns_go_with_every_method_that_does_not_learn_counts(entries: Entries) -> None:
+    assert len(parse_recipe(entries, TWO_OF_FOUR).steps) == len(entries)
+
+
+@pytest.mark.parametrize(
+    ("entries", "statistics", "targets", "dense_stream"),
+    [
+        (["magnitude"], (), False, False),
+        (["wanda"], (ColumnSquares,), False, False),
+        (["wanda", "sparsegpt"], (ColumnSquares, Gram), False, False),
+        (["sparsegpt", "sparsegpt"], (Gram,), False, False),
+        ([{"besa": {"target": "pruned"}}], (ColumnSquares,), True, False),
+        ([{"besa": {"target": "dense"}}, "sparsegpt"], (ColumnSquares, Gram), True, True),
+    ],
+)
+def test_a_recipe_needs_what_its_steps_need(
+    entries: Entries, statistics: tuple[type, ...], targets: bool, dense_stream: bool
+) -> None:
+    recipe = parse_recipe(entries, HALF)
+    assert recipe.statistics == statistics
+    assert recipe.needs_targets is targets
+    assert recipe.needs_dense_stream is dense_stream
+
+
+def test_a_recipe_as_data_reads_back_as_itself() -> None:
+    recipe = parse_recipe([{"magnitude": {"scope": "row"}}, "sparsegpt"], HALF)
+    data = recipe.as_data()
+    assert data == [
+        {"magnitude": Magnitude(scope="row").model_dump()},
+        {"sparsegpt": SparseGPT().model_dump()},
+    ]
+    assert parse_recipe(data, HALF) == recipe  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("entries", "sparsity", "message"),
+    [
+        ([], HALF, r"^a recipe needs at least one step$"),
+        (["wnada"], HALF, r"^\[0\] no method is called 'wnada'; did you mean 'wanda'\? Known: magnitude, wanda, "),
+        (["lottery"], HALF, r"^\[0\] no method is called 'lottery'\. Known: magnitude, wanda, sparsegpt, besa"),
+        ([{4: {}}], HALF, r"^\[0\] no method is called 4"),
+        ([{"besa": {}, "wanda": {}}], HALF, r"^\[0\] a step is a name or one `name: \{options\}`, not \{'besa': "),
+        ([{}], HALF, r"^\[0\] a step is a name or one `name: \{options\}`, not \{\}$"),
+        (["wanda", {"besa": {"epoch": 1}}], HALF, r"^\[1\] besa\.epoch: .* \(options: granularity, target, epochs, "),
+        ([{"wanda": {"scope": 1}}], HALF, r"^\[0\] wanda\.scope: .* \(options: none\)$"),
+        ([{"besa": {"epochs": 0}}], HALF, r"^\[0\] besa\.epochs: Input should be greater than or equal to 1"),
+        ([{"magnitude": {"scope": "block"}}], HALF, r"^\[0\] magnitude\.scope: Input should be 'matrix' or 'row'"),
+        ([{"sparsegpt": {"damping": 2}}], HALF, r"^\[0\] sparsegpt\.damping: Input should be less than or equal to 1"),
+        ([{"besa": [1]}], HALF, r"^\[0\] besa: Input should be a valid dictionary"),
+        ([{"besa": 0}], HALF, r"^\[0\] besa: Input should be a valid dictionary"),
+        (["wanda", "magnitude"], HALF, r"^\[1\] magnitude chooses a mask of its own, but wanda has chosen one before"),
+        (["sparsegpt", "besa"], HALF, r"^\[1\] besa chooses a mask .*; put it first, or leave one of them out$"),
+        (["besa"], TWO_OF_FOUR, r"^\[0\] besa learns how many weights each row drops, which 2:4 fixes; use wanda or"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused_in_words(entries: Entries, sparsity: Sparsity, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_recipe(entries, sparsity)
+
+
+def test_all_problems_are_told_at_once_one_a_line() -> None:
+    with pytest.raises(ValueError, match="besa") as refusal:
+        parse_recipe([{"besa": {"epochs": 0, "batch": 0}}, "foo", "wanda", {"sparsegpt": {"slab": 0}}], HALF)
+    starts = [line.split(":")[0] for line in str(refusal.value).splitlines()]
+    assert starts == ["[0] besa.epochs", "[0] besa.batch", "[1] no method is called 'foo'. Known", "[3] sparsegpt.slab"]
+
+
+def test_every_disagreement_is_told_at_once() -> None:
+    with pytest.raises(ValueError, match="besa learns") as refusal:
+        parse_recipe(["besa", "wanda", "magnitude"], TWO_OF_FOUR)
+    assert [line[:10] for line in str(refusal.value).splitlines()] == ["[0] besa l", "[1] wanda ", "[2] magnit"]
