@@ -62,13 +62,13 @@ def _parse_step(entry: str | dict[str, Any]) -> Step:
     name, options = (entry, {}) if isinstance(entry, str) else next(iter(entry.items()))
     if name not in METHODS:
         near = get_close_matches(str(name), METHODS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(f"no method is called {name!r}{hint} Known: {', '.join(METHODS)}")
     try:
-        return METHODS[name].model_validate(options or {})
+        return METHODS[name].model_validate({} if options is None else options)
     except ValidationError as error:
         known = ", ".join(METHODS[name].model_fields) or "none"
-        lines = [f"{name}.{'.'.join(map(str, e['loc']))}: {e['msg']} (options: {known})" for e in error.errors()]
+        lines = [f"{'.'.join(map(str, (name, *e['loc'])))}: {e['msg']} (options: {known})" for e in error.errors()]
         raise ValueError("\n".join(lines)) from None
 
 

@@ -6,6 +6,7 @@ ties by position), never by comparing with a threshold, so a mask always has exa
 Shapes: O = out features (rows), D = in features (columns), N = any number of entries.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
@@ -69,7 +70,7 @@ def parse_sparsity(value: float | str) -> Sparsity:
     """Read `0.5`, `"0.5"` or `"2:4"`; raises ValueError that says what is wrong."""
     if isinstance(value, str) and ":" in value:
         keep, _, group = value.partition(":")
-        if not (keep.strip().isdigit() and group.strip().isdigit()):
+        if not (keep.strip().isdecimal() and group.strip().isdecimal()):
             raise ValueError(f"pattern {value!r} is not KEPT:GROUP, two whole numbers such as 2:4")
         return SemiStructured(keep=int(keep), group=int(group))
     try:
@@ -85,21 +86,28 @@ def divides(pattern: Sparsity, num_columns: int) -> bool:
     return isinstance(pattern, Unstructured) or num_columns % pattern.group == 0
 
 
+def map_rows(
+    function: Callable[[torch.Tensor], torch.Tensor], matrix_RN: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Apply a function of rows to slabs of rows, so that its temporaries stay bounded; returns [R, N] of `dtype`."""
+    num_rows, num_columns = matrix_RN.shape
+    result_RN = torch.empty(num_rows, num_columns, dtype=dtype, device=matrix_RN.device)
+    rows_per_slab = max(1, SLAB_NUMEL // num_columns)
+    for start in range(0, num_rows, rows_per_slab):
+        rows = slice(start, start + rows_per_slab)
+        result_RN[rows] = function(matrix_RN[rows])
+    return result_RN
+
+
 def keep_highest(score_RN: torch.Tensor, num_pruned: int) -> torch.Tensor:
     """Return keep_RN that drops, in every row, the `num_pruned` lowest scores; ties drop the earlier column.
 
     Equal to dropping the first `num_pruned` of a stable ascending sort, without sorting: the order statistic is
-    found by selection, and only rows in which it is tied are looked at again. Rows are taken in slabs, so
-    temporaries stay bounded. Scores are finite floats.
+    found by selection, and only rows in which it is tied are looked at again. Scores are finite floats.
     """
-    keep_RN = torch.ones_like(score_RN, dtype=torch.bool)
     if num_pruned == 0:
-        return keep_RN
-    rows_per_slab = max(1, SLAB_NUMEL // score_RN.shape[1])
-    for start in range(0, score_RN.shape[0], rows_per_slab):
-        rows = slice(start, start + rows_per_slab)
-        keep_RN[rows] = _keep_highest_slab(score_RN[rows], num_pruned)
-    return keep_RN
+        return torch.ones_like(score_RN, dtype=torch.bool)
+    return map_rows(lambda rows_RN: _keep_highest_slab(rows_RN, num_pruned), score_RN, torch.bool)
 
 
 def _keep_highest_slab(score_RN: torch.Tensor, num_pruned: int) -> torch.Tensor:
@@ -136,21 +144,21 @@ def keep_by_matrix(score_OD: torch.Tensor, sparsity: Sparsity) -> torch.Tensor:
     return keep_highest(score_OD.reshape(1, -1), sparsity.num_pruned(score_OD.numel())).view_as(score_OD)
 
 
-def row_ranks(score_OD: torch.Tensor) -> torch.Tensor:
-    """Return rank_OD: position of each weight in its row's stable ascending order of scores.
+def rank_dtype(num_columns: int) -> torch.dtype:
+    """Return the dtype of ranks within rows of this length: int16 up to 32767 entries, else int32."""
+    return torch.int16 if num_columns <= torch.iinfo(torch.int16).max else torch.int32
 
-    int16 where a row has at most 32767 entries, else int32: this is what BESA keeps per weight.
-    """
-    num_rows, num_columns = score_OD.shape
-    dtype = torch.int16 if num_columns <= torch.iinfo(torch.int16).max else torch.int32
-    rank_OD = torch.empty(num_rows, num_columns, dtype=dtype, device=score_OD.device)
-    position_D = torch.arange(num_columns, dtype=dtype, device=score_OD.device)
-    rows_per_slab = max(1, SLAB_NUMEL // num_columns)
-    for start in range(0, num_rows, rows_per_slab):
-        rows = slice(start, start + rows_per_slab)
-        order = score_OD[rows].argsort(dim=1, stable=True)
-        rank_OD[rows].scatter_(1, order, position_D.expand_as(order))
-    return rank_OD
+
+def row_ranks(score_OD: torch.Tensor) -> torch.Tensor:
+    """Return rank_OD: position of each weight in its row's stable ascending order of scores (see `rank_dtype`)."""
+    dtype = rank_dtype(score_OD.shape[1])
+    position_D = torch.arange(score_OD.shape[1], dtype=dtype, device=score_OD.device)
+
+    def rank(rows_RD: torch.Tensor) -> torch.Tensor:
+        order = rows_RD.argsort(dim=1, stable=True)
+        return torch.empty_like(order, dtype=dtype).scatter_(1, order, position_D.expand_as(order))
+
+    return map_rows(rank, score_OD, dtype)
 
 
 def holds(keep_OD: torch.Tensor, pattern: SemiStructured) -> bool:

@@ -7,8 +7,8 @@ descent on
 
     mean over channels of |Y - Y_ref|^2 / |Y_ref|^2  +  penalty * ((S_block - S) / S)^2
 
-Departures from the released code, each measured: softmax logits without the sigmoid that confines sparsities to
-0.38…0.62; a start at the target; a projection that meets the budget exactly; the mask gradient in closed form.
+Departures from the released code: its parametrisation confines sparsities to 0.38…0.62 whatever the target, so here
+it is tilted, and starts at the target; a projection meets the budget exactly; the mask gradient is in closed form.
 """
 
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ from pipeline.methods.row_sparsity import (
 )
 from pipeline.methods.step import BlockStep, BlockView, PrunedLinear, Report
 from pipeline.methods.wanda import input_norms, wanda_scores
-from pipeline.sparsity import Sparsity, Unstructured, row_ranks
+from pipeline.sparsity import Sparsity, Unstructured, map_rows, rank_dtype, row_ranks
 from pipeline.statistics import ColumnSquares, Statistic, relative_error
 
 
@@ -85,11 +85,14 @@ class Besa(BlockStep):
     def _learnable(self, block: BlockView, name: str, sparsity: Unstructured) -> "LearnableRows":
         weight_OD, statistic = block.weights[name], block.statistic(name, ColumnSquares)
         assert isinstance(statistic, ColumnSquares)
+        norm_D = input_norms(statistic)
         num_groups = len(weight_OD) if self.granularity == "row" else 1
         return LearnableRows(
             name=name,
             weight_OD=weight_OD,
-            rank_OD=row_ranks(wanda_scores(weight_OD, input_norms(statistic))),
+            rank_OD=map_rows(
+                lambda rows: row_ranks(wanda_scores(rows, norm_D)), weight_OD, rank_dtype(weight_OD.shape[1])
+            ),
             theta_GP=torch.zeros(num_groups, NUM_CANDIDATES, device=weight_OD.device, requires_grad=True),
             tilt_P=tilt_towards(sparsity.ratio, weight_OD.device),
             reach=self.reach,

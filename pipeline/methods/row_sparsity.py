@@ -53,8 +53,8 @@ def hard_keep(rank_OD: torch.Tensor, num_pruned_G: torch.Tensor) -> torch.Tensor
 
 
 def pruned_counts(alpha_G: torch.Tensor, num_columns: int) -> torch.Tensor:
-    """Return floor(D * alpha) per group, int64; a hair is added so that 0.5 of 64 is 32 in spite of rounding."""
-    return (alpha_G.double() * num_columns + 1e-4).floor().long().clamp_(0, num_columns)
+    """Return floor(D * alpha) per group, int64; a hair is added so that 0.5 of D is D / 2 in spite of float32."""
+    return (alpha_G.double() * num_columns * (1 + 1e-6)).floor().long().clamp_(0, num_columns)
 
 
 class MaskedWeight(torch.autograd.Function):
@@ -92,7 +92,7 @@ class MaskedWeight(torch.autograd.Function):
 def prefix_at_candidates(grad_OD: torch.Tensor, weight_OD: torch.Tensor, rank_OD: torch.Tensor) -> torch.Tensor:
     """Return, per row and candidate, the sum of grad * weight over the floor(D p_i) lowest ranks: float32 [O, P]."""
     num_rows, num_columns = weight_OD.shape
-    boundary_P = pruned_counts(candidate_sparsities(weight_OD.device), num_columns)
+    boundary_P = torch.arange(NUM_CANDIDATES, device=weight_OD.device) * num_columns // (NUM_CANDIDATES - 1)
     prefix_OP = torch.empty(num_rows, NUM_CANDIDATES, device=weight_OD.device)
     rows_per_slab = max(1, SLAB_NUMEL // num_columns)
     for start in range(0, num_rows, rows_per_slab):
@@ -126,7 +126,6 @@ def project_to_budget(alphas: Sequence[torch.Tensor], widths: Sequence[int], bud
     exact = wanted(low)
     counts = exact.floor()
     missing = budget - int(counts.sum())
-    remainder = torch.where(counts < width, exact - counts, -1.0)
-    counts[remainder.argsort(descending=True, stable=True)[:missing]] += 1
+    counts[(exact - counts).argsort(descending=True, stable=True)[:missing]] += 1
     assert int(counts.sum()) == budget, (int(counts.sum()), budget)
     return [part.long() for part in torch.split(counts, [len(a) for a in alphas])]

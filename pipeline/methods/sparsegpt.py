@@ -9,6 +9,7 @@ an N:M solve per row and group, each from weights that have already absorbed the
 an earlier step is kept and only the update is done.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -39,6 +40,14 @@ class InverseFactor:
     """Multiple of the mean diagonal that was added for the factorisation to succeed."""
 
 
+def rising(damping: float) -> Iterator[float]:
+    """Yield a damping, ten times it, and so on up to the limit itself."""
+    while damping < DAMPING_LIMIT:
+        yield damping
+        damping *= 10
+    yield DAMPING_LIMIT
+
+
 def inverse_factor(gram_DD: torch.Tensor, damping: float) -> InverseFactor:
     """Factorise the inverse of a Gram matrix [D, D], multiplying the damping by 10 until it succeeds.
 
@@ -50,8 +59,7 @@ def inverse_factor(gram_DD: torch.Tensor, damping: float) -> InverseFactor:
     dead_D = diagonal_D == 0
     mean = diagonal_D.mean().item() or 1.0
     identity_DD = torch.eye(len(dead_D), device=gram_DD.device)
-    used = damping
-    while used <= DAMPING_LIMIT:
+    for used in rising(damping):
         hessian_DD = gram_DD.clone()
         hessian_DD.diagonal().add_(used * mean + dead_D.float() * mean)
         reversed_lower_DD, failed = torch.linalg.cholesky_ex(hessian_DD.flip(0, 1))
@@ -59,11 +67,10 @@ def inverse_factor(gram_DD: torch.Tensor, damping: float) -> InverseFactor:
             upper_DD = torch.linalg.solve_triangular(reversed_lower_DD.flip(0, 1), identity_DD, upper=True)
             if all_finite(upper_DD):
                 return InverseFactor(upper_DD=upper_DD, dead_D=dead_D, damping=used)
-        used *= 10
     raise NumericsError(
         f"the Gram matrix of {len(dead_D)} input features could not be factorised with any damping from "
-        f"{damping:g} to {DAMPING_LIMIT:g} of its mean diagonal {mean:.3g}; use more calibration tokens, a "
-        "larger `damping` or a method without a factorisation (wanda, besa)"
+        f"{damping:g} to {DAMPING_LIMIT:g} of its mean diagonal {mean:.3g}; use more calibration tokens, or "
+        "a method without a factorisation (wanda, besa)"
     )
 
 
@@ -106,7 +113,7 @@ def sweep(
     num_rows, num_columns = weight_OD.shape
     if isinstance(sparsity, SemiStructured):
         slab_columns = max(1, slab_columns // sparsity.group) * sparsity.group
-    weight_DO = weight_OD.T.float().contiguous()
+    weight_DO = weight_OD.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     keep_DO = torch.ones_like(weight_DO, dtype=torch.bool) if given_OD is None else given_OD.T.contiguous()
     for start in range(0, num_columns, slab_columns):
         stop = min(start + slab_columns, num_columns)

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 
 from pipeline.methods.step import LinearStep, PrunedLinear, Solver
-from pipeline.sparsity import Sparsity, keep_by_row
+from pipeline.sparsity import Sparsity, keep_by_row, map_rows
 from pipeline.statistics import ColumnSquares, Statistic
 
 
@@ -36,6 +36,7 @@ class Wanda(LinearStep):
 
         def solve(weight_OD: torch.Tensor, keep_OD: torch.Tensor | None, sparsity: Sparsity) -> PrunedLinear:
             assert keep_OD is None
-            return PrunedLinear(keep_OD=keep_by_row(wanda_scores(weight_OD, norm_D), sparsity))
+            keep = map_rows(lambda rows: keep_by_row(wanda_scores(rows, norm_D), sparsity), weight_OD, torch.bool)
+            return PrunedLinear(keep_OD=keep)
 
         return solve

@@ -121,6 +121,6 @@ def command(reports: Connection, arguments: Sequence[str], log: Path, signals: d
         for number in next((signals[line] for line in signals if text.startswith(line)), []):
             os.kill(os.getpid(), number)
 
-    console.PlainProgress.say = say_and_raise
+    console.PlainProgress.say = say_and_raise  # type: ignore[method-assign]
     sys.argv = ["secateur", *arguments]
     cli.main()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -18,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from cluster.cli import main
 from pipeline.config import parse_config
 from pipeline.ledger import Ledger
-from pipeline.progress import Silent
+from pipeline.progress import Progress, Silent
 from pipeline.report import Report
 from pipeline.run import run
 from tests.tiny import some_text
@@ -30,6 +31,9 @@ SEQUENCES, TOKENS = 6, 24
 
 WINDOWS, LENGTH = 5, 20
 """Of the evaluation."""
+
+INDEX = "model.safetensors.index.json"
+SILENT = Silent()
 
 
 def write_text(directory: Path) -> Path:
@@ -53,11 +57,14 @@ def job(
     } | sections
 
 
-def carry_out(
-    settings: dict[str, Any], progress: Silent | None = None, stop: Callable[[], bool] | None = None
-) -> Report:
+def never() -> bool:
+    """Ask for no stop."""
+    return False
+
+
+def carry_out(settings: dict[str, Any], progress: Progress = SILENT, stop: Callable[[], bool] = never) -> Report:
     """Run a job in this process, silently and to its end unless told otherwise."""
-    return run(parse_config(settings, "the test"), progress or Silent(), stop or (lambda: False))
+    return run(parse_config(settings, "the test"), progress, stop)
 
 
 def outcome(run_directory: Path) -> dict[str, Any]:
@@ -115,7 +122,7 @@ def perplexity_of(model: PreTrainedModel, windows_WL: torch.Tensor) -> float:
 def evaluation_windows(model: Path) -> torch.Tensor:
     """The windows of the evaluation: the text beside the model, tokenised whole and cut from its start."""
     text = (model.parent / "text.txt").read_text(encoding="utf-8")
-    ids = AutoTokenizer.from_pretrained(model)(text, return_tensors="pt")["input_ids"][0]
+    ids: torch.Tensor = AutoTokenizer.from_pretrained(model)(text, return_tensors="pt")["input_ids"][0]
     return ids[: WINDOWS * LENGTH].view(WINDOWS, LENGTH)
 
 
@@ -155,3 +162,16 @@ def run_command(arguments: Sequence[str | Path], monkeypatch: pytest.MonkeyPatch
             signal.signal(number, handler)
     assert isinstance(exit_.value.code, int)
     return exit_.value.code
+
+
+def refusal(config: Path, source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """Run a configuration that must be refused; hold that nothing is left half done, and return the error."""
+    with untouched(source):
+        status = run_command(["run", config], monkeypatch)
+    said = capsys.readouterr()
+    assert (status, said.out) == (1, "")
+    assert not (Path(yaml.safe_load(config.read_text())["output"]) / "model" / INDEX).exists()
+    progress, _, message = said.err.partition("error: ")
+    assert "Traceback" not in progress
+    assert message
+    return message

@@ -9,10 +9,9 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from tests.integration.support import job, run_command, untouched, write_text
+from tests.integration.support import job, refusal, untouched, write_text
 from tests.tiny import save_tiny
 
-INDEX = "model.safetensors.index.json"
 Refuse = Callable[[dict[str, Any]], str]
 
 
@@ -31,16 +30,7 @@ def refuse(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     def run_and_refuse(sections: dict[str, Any]) -> str:
         config = tmp_path / "job.yaml"
         config.write_text(yaml.safe_dump(job(source, tmp_path / "run") | sections))
-        with untouched(source):
-            status = run_command(["run", config], monkeypatch)
-        said = capsys.readouterr()
-        assert status == 1
-        assert said.out == ""
-        assert not (tmp_path / "run" / "model" / INDEX).exists()
-        progress, _, message = said.err.partition("error: ")
-        assert "Traceback" not in progress
-        assert message
-        return message
+        return refusal(config, source, monkeypatch, capsys)
 
     return run_and_refuse
 

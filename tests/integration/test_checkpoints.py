@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.progress import Silent
 from pipeline.verify import verify
 from tests.integration.support import (
+    INDEX,
     by_rows,
     carry_out,
     digests,
@@ -23,8 +24,6 @@ from tests.integration.support import (
     write_text,
 )
 from tests.tiny import save_tiny
-
-INDEX = "model.safetensors.index.json"
 
 
 @pytest.fixture
@@ -136,6 +135,18 @@ def test_checkpoint_names_without_the_models_prefix_keep_their_names(base: Path)
     assert report.perplexity_after == pytest.approx(perplexity_of(load(base / "run" / "model"), windows), rel=1e-6)
 
 
+def test_a_directory_of_links_as_the_hubs_cache_has_it_is_read_through(base: Path) -> None:
+    save_tiny("llama", base / "blobs")
+    (base / "source").mkdir()
+    for path in (base / "blobs").iterdir():
+        (base / "source" / path.name).symlink_to(path)
+    carry_out(job(base / "source", base / "run"))
+    verify(base / "run", base / "blobs", Silent())
+    written = list((base / "run" / "model").iterdir())
+    assert {"config.json", "tokenizer.json"} < {path.name for path in written}
+    assert [path.name for path in written if path.is_symlink()] == []
+
+
 def test_the_shards_of_the_source_do_not_matter(base: Path) -> None:
     for shard in ("3kB", "20kB", "1GB"):
         save_tiny("qwen2", base / shard, shard=shard)
@@ -151,7 +162,8 @@ class Watching(Silent):
     """Records which tasks begin, and whether the model looked loadable while blocks were pruned."""
 
     def __init__(self, model: Path) -> None:
-        self.model, self.tasks, self.seen_index = model, [], False
+        self.model, self.seen_index = model, False
+        self.tasks: list[tuple[str, int]] = []
 
     def begin(self, task: str, total: int, done: int) -> None:
         self.tasks.append((task, done))

@@ -11,13 +11,12 @@ import torch
 from transformers import LlamaConfig
 
 from tests.integration.processes import Child, prune, prune_until_write
-from tests.integration.support import carry_out, job, outcome, write_text
+from tests.integration.support import INDEX, RecipeEntries, carry_out, job, outcome, write_text
 from tests.tiny import FAMILIES, GROUPED, save_tiny
 
-INDEX = "model.safetensors.index.json"
 NUM_BLOCKS = 6
 KILLS = 20
-RECIPE = [{"besa": {"target": "dense"}}, "sparsegpt"]
+RECIPE: RecipeEntries = [{"besa": {"target": "dense"}}, "sparsegpt"]
 """Both streams must be rebuilt, and kept weights are new ones, rounded to what is stored."""
 
 

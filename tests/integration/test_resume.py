@@ -94,9 +94,7 @@ def test_a_shard_that_is_no_longer_what_was_committed_is_refused(
     shard = stop_after(settings, 2) / "model" / "model-00002-of-00004.safetensors"
     content = shard.read_bytes()
     damage(shard)
-    with pytest.raises(
-        RunDirectoryError, match=r"00002-of-00004.* is not the shard that block 0 committed .* Restore it"
-    ):
+    with pytest.raises(RunDirectoryError, match=r"00002-of.* is not the shard that block 0 committed .* Restore it"):
         carry_out(settings)
     shard.write_bytes(content)
     carry_out(settings)

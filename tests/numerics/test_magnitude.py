@@ -73,6 +73,14 @@ def test_rows_compete_in_the_matrix_and_not_in_the_row() -> None:
 
 
 @SCOPES
+@pytest.mark.parametrize("sparsity", [Unstructured(ratio=0.7), SemiStructured(keep=2, group=4)])
+def test_a_weight_stored_transposed_gives_the_same(scope: Scope, sparsity: Sparsity) -> None:
+    weight_OD = weights(8, 20)
+    stored_DO = weight_OD.T.contiguous()
+    assert torch.equal(prune(stored_DO.T, sparsity, scope), prune(weight_OD, sparsity, scope))
+
+
+@SCOPES
 def test_weights_are_left_as_they_were(scope: Scope) -> None:
     weight_OD = weights(8, 20)
     before = weight_OD.clone()

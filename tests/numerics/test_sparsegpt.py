@@ -188,6 +188,18 @@ def test_the_dtype_is_kept_and_the_dense_weight_left_alone(dtype: torch.dtype) -
     assert torch.equal(weight_OD, before)
 
 
+@pytest.mark.parametrize("shape", [(8, 40), (1, 40), (8, 1)])
+def test_a_weight_stored_transposed_gives_the_same_and_is_left_alone(shape: tuple[int, int]) -> None:
+    """As gpt2 stores its linears: [D, O] in memory, seen as [O, D]."""
+    weight_OD, gram = normal(*shape, seed=22), gram_of(inputs(shape[1]))
+    expected_OD, expected = prune(weight_OD.clone(), gram, HALF)
+    stored_DO = weight_OD.T.clone(memory_format=torch.contiguous_format)
+    updated_OD, pruned = prune(stored_DO.T, gram, HALF)
+    assert torch.equal(stored_DO.T, weight_OD)
+    assert torch.equal(updated_OD, expected_OD)
+    assert torch.equal(pruned.keep_OD, expected.keep_OD)
+
+
 def with_dead_features(x_TD: torch.Tensor) -> torch.Tensor:
     return x_TD.index_fill(1, torch.tensor([3, 17]), 0)
 

@@ -17,6 +17,7 @@ from pipeline.sparsity import (
     keep_by_matrix,
     keep_by_row,
     keep_highest,
+    map_rows,
     parse_sparsity,
     row_ranks,
 )
@@ -112,6 +113,21 @@ def test_masks_are_the_same_whatever_the_slab(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(sparsity, "SLAB_NUMEL", 7 * 64 + 1)
     assert torch.equal(keep_highest(score_OD, 40), whole[0])
     assert torch.equal(row_ranks(score_OD), whole[1])
+
+
+def test_a_map_over_rows_sees_every_row_once_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparsity, "SLAB_NUMEL", 3 * 4)
+    heights = []
+
+    def double(rows_RN: torch.Tensor) -> torch.Tensor:
+        heights.append(len(rows_RN))
+        return 2 * rows_RN
+
+    matrix_RN = torch.arange(28.0).reshape(7, 4)
+    doubled_RN = map_rows(double, matrix_RN, torch.float64)
+    assert heights == [3, 3, 1]
+    assert torch.equal(doubled_RN, 2 * matrix_RN.double())
+    assert doubled_RN.dtype == torch.float64
 
 
 def test_scores_are_left_as_they_were() -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from pipeline import sparsity as slabs
 from pipeline.methods.step import PrunedLinear
 from pipeline.methods.wanda import Wanda, input_norms, wanda_scores
 from pipeline.sparsity import SemiStructured, Sparsity, Unstructured
@@ -83,6 +84,17 @@ def test_kept_weights_are_the_dense_ones(dtype: torch.dtype) -> None:
     pruned = prune(weight_OD, inputs(24), HALF)
     assert pruned.weight_OD is None
     assert torch.equal(weight_OD, before)
+
+
+@pytest.mark.parametrize("sparsity", [HALF, SemiStructured(keep=2, group=4)])
+def test_neither_slabs_nor_a_transposed_storage_change_the_mask(
+    sparsity: Sparsity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight_OD, x_TD = normal(12, 24, seed=10), inputs(24)
+    keep_OD = prune(weight_OD, x_TD, sparsity).keep_OD
+    assert torch.equal(prune(weight_OD.T.contiguous().T, x_TD, sparsity).keep_OD, keep_OD)
+    monkeypatch.setattr(slabs, "SLAB_NUMEL", 5 * 24 + 1)
+    assert torch.equal(prune(weight_OD, x_TD, sparsity).keep_OD, keep_OD)
 
 
 def test_a_pruned_matrix_prunes_to_itself() -> None:

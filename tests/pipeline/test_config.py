@@ -139,7 +139,8 @@ FULL = {
     "model": {"hub": "org/name", "revision": "abc"},
     "output": "/runs/r",
     "calibration": {
-        "source": {"hub": "a/b", "revision": "c", "field": "body"}, "sequences": 3, "tokens": 9, "seed": 5, "sample": "first",
+        "source": {"hub": "a/b", "revision": "c", "field": "body"},
+        "sequences": 3, "tokens": 9, "seed": 5, "sample": "first",
     },
     "prune": {"sparsity": "2:4", "recipe": ["wanda", {"sparsegpt": {"damping": 0.1}}], "skip": ["mlp.*"]},
     "compute": {"device": "cpu", "dtype": "bfloat16", "batch": 7},
