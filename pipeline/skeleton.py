@@ -164,7 +164,7 @@ def build_empty(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
             f"transformers does not know the model in {directory}: {str(error).splitlines()[0]} Custom code is "
             "never run; use a model type that this version of transformers has"
         ) from None
-    if getattr(config, "quantization_config", None) is not None:
+    if config.to_dict().get("quantization_config") is not None:
         raise UnsupportedCheckpoint(
             f"{directory} is quantised (config.json has quantization_config); pruning needs the original "
             "float32, bfloat16 or float16 weights: use the checkpoint it was quantised from"

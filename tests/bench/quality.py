@@ -50,7 +50,9 @@ def main() -> None:
     parser.add_argument("--evaluate", type=Path, required=True)
     parser.add_argument("--only", default="", help="recipes whose text contains this")
     asked = parser.parse_args()
-    sys.stdout.write("| recipe | sparsity | perplexity | pruning | forward passes | memory |\n|---|---|---|---|---|---|\n")
+    sys.stdout.write(
+        "| recipe | sparsity | perplexity | pruning | forward passes | memory |\n|---|---|---|---|---|---|\n"
+    )
     for sparsity, recipe in RUNS:
         if asked.only not in json.dumps(recipe):
             continue

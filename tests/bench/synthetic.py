@@ -1,6 +1,6 @@
 """Checkpoints with the shapes of large models and random weights, streamed to disk from a seed.
 
-    python -m tests.bench.synthetic DIRECTORY --hidden 4096 --ffn 14336 --blocks 8
+python -m tests.bench.synthetic DIRECTORY --hidden 4096 --ffn 14336 --blocks 8
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """BESA's closed-form mask gradient against the naive formulation: time and memory, as ratios in one run."""
 
+import sys
 import time
 from collections.abc import Callable
 
@@ -32,7 +33,9 @@ def closed(share: torch.Tensor, weight: torch.Tensor, rank: torch.Tensor) -> tor
     return MaskedWeight.apply(share, weight, rank, counts)
 
 
-def step(formulation: Callable[..., torch.Tensor], weight: torch.Tensor, rank: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+def step(
+    formulation: Callable[..., torch.Tensor], weight: torch.Tensor, rank: torch.Tensor, grad: torch.Tensor
+) -> torch.Tensor:
     """One forward and backward; returns the gradient of theta."""
     theta = torch.zeros(ROWS, CANDIDATES, requires_grad=True)
     share = shares(theta, tilt_towards(0.5, theta.device), 1.0)
@@ -68,10 +71,10 @@ def test_closed_form_gradient_is_the_naive_one_faster_and_smaller() -> None:
         step(formulation, weight, ranks, grad)
         seconds[name] = time.perf_counter() - start
     saved = {"closed": saved_bytes(closed, weight, rank), "naive": saved_bytes(naive, weight, rank.long())}
-    print(
+    sys.stdout.write(
         f"\nrelative difference {difference:.2e}; time: naive / closed = {seconds['naive'] / seconds['closed']:.1f}; "
         f"bytes kept for backward per weight: closed {saved['closed'] / weight.numel():.1f}, "
-        f"naive {saved['naive'] / weight.numel():.1f}"
+        f"naive {saved['naive'] / weight.numel():.1f}\n"
     )
     assert difference < 1e-5
     assert seconds["closed"] < seconds["naive"]

@@ -3,6 +3,7 @@
 A forward pass is what `propagate` takes in the same run, so figures are ratios within one run.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ def job(model: Path, output: Path, recipe: list[Any], sequences: int, tokens: in
 def test_cost_in_forward_passes(recipe: str, most_passes: float, tmp_path: Path) -> None:
     measured = measure(job(DEMO, tmp_path / "run", [recipe], 16, 256, "float32"))
     passes = measured.report["forward_equivalents"]
-    print(f"\n{recipe}: {passes:.2f} forward passes, {measured.beyond_imports / 1e9:.2f} GB beyond the imports")
+    sys.stdout.write(
+        f"\n{recipe}: {passes:.2f} forward passes, {measured.beyond_imports / 1e9:.2f} GB beyond the imports\n"
+    )
     assert passes <= most_passes
     assert measured.beyond_imports < 0.5e9
 
@@ -47,5 +50,5 @@ def four_gigabytes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("recipe", "limit"), [("wanda", 2.0e9), ("besa", 3.5e9)])
 def test_memory_of_a_large_model(recipe: str, limit: float, four_gigabytes: Path, tmp_path: Path) -> None:
     measured = measure(job(four_gigabytes, tmp_path / "run", [recipe], 4, 128, "bfloat16"))
-    print(f"\n{recipe}, 8 blocks, 4 GB in bf16: {measured.beyond_imports / 1e9:.2f} GB beyond the imports")
+    sys.stdout.write(f"\n{recipe}, 8 blocks, 4 GB in bf16: {measured.beyond_imports / 1e9:.2f} GB beyond the imports\n")
     assert measured.beyond_imports < limit

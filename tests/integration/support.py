@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from cluster.cli import main
 from pipeline.config import parse_config
@@ -154,10 +155,12 @@ def run_command(arguments: Sequence[str | Path], monkeypatch: pytest.MonkeyPatch
     """Call the `secateur` command's entry point in this process; return its exit status."""
     monkeypatch.setattr("sys.argv", ["secateur", *map(str, arguments)])
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    verbosity = logging.get_verbosity()
     try:
         with pytest.raises(SystemExit) as exit_:
             main()
     finally:
+        logging.set_verbosity(verbosity)
         for number, handler in handlers.items():
             signal.signal(number, handler)
     assert isinstance(exit_.value.code, int)

@@ -197,8 +197,6 @@ def test_a_configuration_cannot_be_changed() -> None:
             {"model": {"path": "x", "hub": "a/b"}},
             "model: give either `path` (a directory) or `hub` (org/name), not both and not neither",
         ),
-        ({"prune": {"sparsity": 0}}, "prune: sparsity is 0; the fraction removed must be above 0 and below 1"),
-        ({"prune": {"recipe": []}}, "prune: a recipe needs at least one step"),
         ({"prune": {"recipe": "besa"}}, "prune.recipe: Input should be a valid tuple (got 'besa')"),
         ({"compute": {"batch": 0}}, "compute.batch: Input should be greater than or equal to 1 (got 0)"),
         (
@@ -220,6 +218,23 @@ def test_a_configuration_cannot_be_changed() -> None:
 )
 def test_each_problem_is_told_with_its_key_path(sections: dict[str, Any], expected: str) -> None:
     assert problems(**sections) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("prune", "problem"),
+    [
+        ({"sparsity": 0}, "sparsity is 0; the fraction removed must be above 0 and below 1"),
+        ({"sparsity": 1.5}, "sparsity is 1.5; the fraction removed must be at least 0 and below 1"),
+        ({"recipe": []}, "a recipe needs at least one step"),
+        ({"sparsity": "2:4", "recipe": ["besa"]}, "[0] besa learns how many weights each row drops, which 2:4 fixes"),
+        ({"recipe": ["wanda", "besa"]}, "[1] besa chooses a mask of its own, but wanda has chosen one before it"),
+    ],
+)
+def test_what_cannot_be_pruned_is_told_in_the_section_of_pruning(prune: dict[str, Any], problem: str) -> None:
+    (found,) = problems(prune=prune)
+    path, _, message = found.partition(": ")
+    assert path.startswith("prune")
+    assert message.startswith(problem)
 
 
 def test_a_required_key_that_is_absent_is_named() -> None:

@@ -72,7 +72,9 @@ def test_replaying_the_first_blocks_arguments_would_be_wrong_for_gemma3(tmp_path
     checkpoint.close()
 
 
-def test_blocks_given_arguments_that_depend_on_tokens_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_given_arguments_that_depend_on_tokens_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_tiny("llama", tmp_path)
     checkpoint = Checkpoint.open(tmp_path)
     skeleton = Skeleton(checkpoint, CPU, torch.float32)
