@@ -63,6 +63,10 @@ class Besa(BlockStep):
     growth: float = Field(default=5.0, gt=0)
     """Prodigy's d_coef: scales the step size that it finds by itself."""
 
+    first_step: float = Field(default=0.05, gt=0)
+    """Prodigy's d0, the step size it starts from. The parameters are of order 1 for every model, so a step this size
+    is safe, and a few updates suffice; from Prodigy's own 1e-6 a dozen are spent on growing it."""
+
     @property
     def needs_dense_stream(self) -> bool:
         """Whether the reference is made on the dense stream."""
@@ -72,7 +76,7 @@ class Besa(BlockStep):
         """Learn the sparsities of one block, project them to its budget, and return the masks."""
         assert isinstance(sparsity, Unstructured)
         rows = [self._learnable(block, name, sparsity) for name in block.weights]
-        optimizer = Prodigy([r.theta_GP for r in rows], lr=1.0, d_coef=self.growth, weight_decay=0.0)
+        optimizer = Prodigy([r.theta_GP for r in rows], d0=self.first_step, d_coef=self.growth)
         for epoch in range(self.epochs):
             for start in range(0, block.num_sequences, self.batch):
                 sequences = slice(start, min(start + self.batch, block.num_sequences))

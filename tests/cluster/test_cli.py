@@ -119,6 +119,21 @@ def test_a_run_directory_goes_on_by_its_name(call: Call, config: Path, finished:
     assert outcome(run_directory) == outcome(finished)
 
 
+def test_a_run_begun_with_relative_paths_goes_on_from_elsewhere(
+    call: Call, source: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(source.parent)
+    settings = job(Path("source"), Path(tmp_path.name))
+    run_directory = source.parent / tmp_path.name
+    with pytest.raises(RunStopped):
+        carry_out(settings, stop=committed(run_directory, 2))
+    monkeypatch.chdir(tmp_path)
+    status, _, said = call("run", run_directory)
+    assert status == 0
+    assert "evaluate before" not in said  # done, and on the same text
+    assert outcome(run_directory)["commits"] == outcome(finished)["commits"]
+
+
 def test_a_directory_that_is_no_run_directory_is_refused(call: Call, tmp_path: Path) -> None:
     status, _, said = call("run", tmp_path)
     assert status == 1

@@ -175,7 +175,7 @@ def textbook_descent(block: MlpBlock, target: float, num_updates: int) -> list[t
     """Return (error, sparsity) before every update, one sequence each, with masks and loss written out in full."""
     ranks = {n: reference.ranks_in_rows(reference.wanda_scores(w, block.inputs(n))) for n, w in block.weights.items()}
     thetas = {n: torch.zeros(len(w), 101, requires_grad=True) for n, w in block.weights.items()}
-    optimizer = Prodigy(list(thetas.values()), lr=1.0, d_coef=5.0)
+    optimizer = Prodigy(list(thetas.values()), lr=1.0, d0=0.05, d_coef=5.0)
     figures = []
     for i in range(num_updates):
         optimizer.zero_grad()
