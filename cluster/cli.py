@@ -69,6 +69,7 @@ def plan(
         ),
         ("device", f"{found.device}, {found.dtype}: {human_bytes(found.device_bytes)} at the peak"),
         *((f"  {name}", human_bytes(size)) for name, size in found.terms.items()),
+        ("  or, outside the blocks", human_bytes(found.outside_bytes)),
         ("host", f"{human_bytes(found.host_bytes)} of hidden states"),
         ("disk", f"{human_bytes(found.disk_bytes)} for the output"),
         ("cost", f"{found.forward_passes:.3g} forward passes of the calibration set"),

@@ -37,7 +37,7 @@ class Plan:
     device: str
     dtype: str
     device_bytes: int
-    """Peak of what is held where blocks run; on a CPU this is host memory too."""
+    """Peak of what is held where blocks run, in or outside them; on a CPU this is host memory too."""
 
     host_bytes: int
     """Peak of what is held in host memory: hidden states, targets, staging."""
@@ -49,7 +49,10 @@ class Plan:
     """Passes of all calibration sequences through all blocks, counting a backward pass as two."""
 
     terms: dict[str, int]
-    """The parts of the device peak, in bytes."""
+    """What is held while the largest block is pruned, in bytes."""
+
+    outside_bytes: int
+    """What is held before the blocks are: the embedding, and other weights outside the blocks."""
 
     def as_json(self) -> dict[str, Any]:
         """Return plain data."""
@@ -67,6 +70,7 @@ def make_plan(config: RunConfig, directory: Path) -> Plan:
         linears = find_linears(skeleton.blocks[largest], config.prune.skip)
         shapes = {n.name: _shape(skeleton, largest, n) for n in linears}
         terms = _device_terms(config, skeleton, largest, shapes, dtype)
+        outside = _outside_numel(skeleton) * dtype.itemsize
         boundary = _boundary_bytes(config, Stream(skeleton, checkpoint).num_features, dtype)
         return Plan(
             model_type=skeleton.model.config.model_type,
@@ -74,17 +78,26 @@ def make_plan(config: RunConfig, directory: Path) -> Plan:
             block_weights=sum(rows * columns for rows, columns in shapes.values()),
             device=str(device),
             dtype=str(dtype).removeprefix("torch."),
-            device_bytes=sum(terms.values()),
+            device_bytes=max(sum(terms.values()), outside),
             host_bytes=boundary * _num_boundaries(config),
             disk_bytes=checkpoint.total_bytes(),
             forward_passes=_forward_passes(config),
             terms=terms,
+            outside_bytes=outside,
         )
 
 
 def _block_numel(skeleton: Skeleton, index: int) -> int:
     names = skeleton.block_names(index).values()
     return sum(torch.Size(skeleton.checkpoint.tensors[name].shape).numel() for name in names)
+
+
+def _outside_numel(skeleton: Skeleton) -> int:
+    """Numbers in the largest weight outside the blocks: embedding and head are never held together."""
+    inside = f"{skeleton.block_prefix}."
+    shapes = (skeleton.checkpoint.tensors[name].shape for own, name in skeleton.stored_name.items()
+              if not own.startswith(inside))  # fmt: skip
+    return max(torch.Size(shape).numel() for shape in shapes)
 
 
 def _shape(skeleton: Skeleton, index: int, linear: Linear) -> tuple[int, int]:
