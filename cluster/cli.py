@@ -12,9 +12,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from cluster.console import choose_progress, show_report, show_table
+from cluster.console import show_report, show_table, shown_progress
 from pipeline.checkpoint import Checkpoint
-from pipeline.config import ComputeConfig, EvaluateConfig, load_config
+from pipeline.config import ComputeConfig, EvaluateConfig, load_config, validated
 from pipeline.demo_model import fetch_demo_model
 from pipeline.devices import choose_device, choose_dtype
 from pipeline.doctor import examine
@@ -30,6 +30,11 @@ from pipeline.verify import verify as verify_run
 
 EXIT_ERROR, EXIT_STOPPED = 1, 75
 """75 (EX_TEMPFAIL): stopped as asked; the same command goes on."""
+
+
+class StoppedAtOnce(BaseException):
+    """A second signal. Not a KeyboardInterrupt, of which typer makes an exit status of its own."""
+
 
 app = typer.Typer(
     help="Prune large language models block by block.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -48,7 +53,8 @@ def run(
 ) -> None:
     """Prune a model on this machine; goes on from the last commit when the run directory has some."""
     settings = load_config(config_file(config), overrides or [])
-    report = run_pipeline(settings, choose_progress(console), stop_on_signals())
+    with shown_progress(console) as progress:
+        report = run_pipeline(settings, progress, stop_on_signals())
     show_report(console, report, str(settings.output), str(model_directory_of(settings)))
     emit(as_json, report.as_json())
 
@@ -90,15 +96,16 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure perplexity, streamed block by block."""
-    asked = EvaluateConfig.model_validate({"text": text, "sequence_length": sequence_length, "windows": windows})
-    compute = ComputeConfig.model_validate({"device": device, "dtype": dtype, "batch": batch})
+    shape = {"text": text, "sequence_length": sequence_length, "windows": windows}
+    asked = validated(EvaluateConfig, shape, "the options")
+    compute = validated(ComputeConfig, {"device": device, "dtype": dtype, "batch": batch}, "the options")
     with closing(Checkpoint.open(model)) as checkpoint:
         tokens_WL = load_windows(asked, model)
         where = choose_device(compute.device)
         stored = checkpoint.matrix_dtype()
         skeleton = Skeleton(checkpoint, where, choose_dtype(compute.dtype, where, stored))
-        progress = choose_progress(console)
-        perplexity = evaluate_checkpoint(skeleton, tokens_WL, compute.batch, progress, "evaluate", lambda: None)
+        with shown_progress(console) as progress:
+            perplexity = evaluate_checkpoint(skeleton, tokens_WL, compute.batch, progress, "evaluate", lambda: None)
     count, length = tokens_WL.shape
     console.print(f"perplexity {perplexity:.4f} on {count} windows of {length} tokens of {text}", highlight=False)
     emit(as_json, {"perplexity": perplexity, "windows": count, "sequence_length": length, "text": str(text)})
@@ -111,7 +118,8 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Re-read a pruned model from disk and hold it against its source and its ledger."""
-    found = verify_run(run_directory, source, choose_progress(console))
+    with shown_progress(console) as progress:
+        found = verify_run(run_directory, source, progress)
     console.print(
         f"verified: {found.tensors} tensors; {found.identical_tensors} identical to the source byte for byte; "
         f"{found.pruned_tensors} pruned, {found.pruned_weights:,} of {found.prunable_weights:,} weights "
@@ -155,9 +163,11 @@ def stop_on_signals() -> Callable[[], bool]:
 
     def note(number: int, frame: FrameType | None) -> None:
         if asked:
-            raise KeyboardInterrupt
+            raise StoppedAtOnce
         asked.append(number)
-        console.print("stopping once this block is committed; once more to stop at once (the block is then lost)")
+        console.print(
+            "stopping once this block is committed; once more to stop at once (the block is then lost)", soft_wrap=True
+        )
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, note)
@@ -183,6 +193,8 @@ def main() -> None:
     except SecateurError as error:
         console.print(f"error: {error.message}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(EXIT_ERROR)
-    except KeyboardInterrupt:
-        console.print("interrupted; every committed block is kept, and the same command goes on from there")
+    except StoppedAtOnce:
+        console.print(
+            "interrupted; every committed block is kept, and the same command goes on from there", soft_wrap=True
+        )
         sys.exit(EXIT_STOPPED)

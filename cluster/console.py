@@ -4,7 +4,8 @@ Everything goes to standard error, so that `--json` leaves one object alone on s
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import (
@@ -17,6 +18,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.meter import human_bytes, human_seconds, peak_host_bytes
 from pipeline.progress import Progress
@@ -25,9 +27,20 @@ from pipeline.report import Report, guidance
 PHASE_NAMES = {"read": "reading", "collect": "collecting", "prune": "pruning", "commit": "committing"}
 
 
-def choose_progress(console: Console) -> Progress:
+def choose_progress(console: Console) -> "PlainProgress | LiveProgress":
     """Return live bars on a terminal, plain lines elsewhere."""
     return LiveProgress(console) if console.is_terminal else PlainProgress(console)
+
+
+@contextmanager
+def shown_progress(console: Console) -> Iterator[Progress]:
+    """Show progress; a bar that an error has left is taken down, so that the terminal has its cursor back."""
+    progress = choose_progress(console)
+    try:
+        yield progress
+    finally:
+        if isinstance(progress, LiveProgress):
+            progress.end()
 
 
 class PlainProgress:
@@ -154,5 +167,5 @@ def show_table(console: Console, title: str, rows: Sequence[tuple[str, str]]) ->
     """Print facts, one a row."""
     table = Table(title=title, show_header=False, title_justify="left", box=None)
     for name, value in rows:
-        table.add_row(name, value)
+        table.add_row(Text(name), Text(value))
     console.print(table)

@@ -42,12 +42,17 @@ class Boundary:
 
     def write(self, sequences: slice, hidden_BTD: torch.Tensor, where: str) -> None:
         """Store hidden_BTD; raises NumericsError naming `where` when it holds NaN or Inf."""
-        if not all_finite(hidden_BTD):
-            raise NumericsError(
-                f"hidden states after {where} hold NaN or Inf; they cannot go on to the next block. Compute in "
-                "float32 (`compute.dtype: float32`), or check the model with `secateur evaluate`"
-            )
+        require_finite(hidden_BTD, where)
         self.hidden_NTD[sequences].copy_(hidden_BTD)
+
+
+def require_finite(hidden_BTD: torch.Tensor, where: str) -> None:
+    """Raise NumericsError naming `where` when hidden states hold NaN or Inf."""
+    if not all_finite(hidden_BTD):
+        raise NumericsError(
+            f"hidden states after {where} hold NaN or Inf; they cannot go on to the next block. Compute in "
+            "float32 (`compute.dtype: float32`), or check the model with `secateur evaluate`"
+        )
 
 
 def batches(num_sequences: int, size: int) -> Iterator[slice]:

@@ -131,6 +131,15 @@ def require_in_vocabulary(tokens: torch.Tensor, vocab_size: int, origin: str) ->
         )
 
 
+def require_positions(num_tokens: int, num_positions: int | None, setting: str) -> None:
+    """Raise CalibrationError when sequences are longer than the model has positions (None: without a limit)."""
+    if num_positions is not None and num_tokens > num_positions:
+        raise CalibrationError(
+            f"{setting} is {num_tokens}, but the model has {num_positions} positions (max_position_embeddings); ask "
+            "for shorter sequences"
+        )
+
+
 def digest(tokens_NT: torch.Tensor) -> str:
     """SHA-256, in hex, of the shape and of the ids as little-endian int64."""
     sha = hashlib.sha256(repr(tuple(tokens_NT.shape)).encode())

@@ -1,19 +1,38 @@
 """One run as a validated value: YAML in, every problem out at once, each with its key path."""
 
+import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from pipeline.calibration import CalibrationConfig
 from pipeline.errors import ConfigError
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.sources import SourceField
-from pipeline.sparsity import Sparsity, parse_sparsity
+from pipeline.sparsity import Sparsity, Unstructured, parse_sparsity
+
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without numbers in base 60, in which 2:4 would be 124."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_NUMBERS[0], re.compile(r"[-+]?[0-9][0-9_]*$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    _NUMBERS[1],
+    re.compile(r"[-+]?(([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(inf|nan))$"),
+    list("-+.0123456789"),
+)
 
 
 class Section(BaseModel):
@@ -46,6 +65,9 @@ class ModelConfig(Section):
         return self
 
 
+AnySection = TypeVar("AnySection", bound=BaseModel)
+
+
 class PruneConfig(Section):
     """How much to prune, and how."""
 
@@ -58,10 +80,21 @@ class PruneConfig(Section):
     skip: tuple[str, ...] = ()
     """Linears left dense: names within the block, `*` allowed, such as `mlp.down_proj`."""
 
-    @model_validator(mode="after")
-    def _parses(self) -> Self:
-        if self.target == parse_sparsity(0):
+    @field_validator("sparsity")
+    @classmethod
+    def _is_a_sparsity(cls, value: float | str) -> float | str:
+        if parse_sparsity(value) == parse_sparsity(0):
             raise ValueError("sparsity is 0; the fraction removed must be above 0 and below 1")
+        return value
+
+    @field_validator("recipe")
+    @classmethod
+    def _are_steps(cls, value: tuple[str | dict[str, Any], ...]) -> tuple[str | dict[str, Any], ...]:
+        parse_recipe(value, Unstructured(ratio=0.5))
+        return value
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
         parse_recipe(self.recipe, self.target)
         return self
 
@@ -129,7 +162,7 @@ class RunConfig(Section):
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file and apply `key.path=value` overrides; raises ConfigError with all problems at once."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -143,21 +176,33 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def parse_config(raw: dict[str, Any], origin: str) -> RunConfig:
     """Validate plain data; `origin` is named in the error message."""
+    return absolute(validated(RunConfig, raw, origin))
+
+
+def validated(kind: type[AnySection], raw: dict[str, Any], origin: str) -> AnySection:
+    """Validate plain data as one section; raises ConfigError, naming `origin`, with all problems at once."""
     try:
-        return RunConfig.model_validate(raw)
+        return kind.model_validate(raw)
     except ValidationError as error:
         problems = [line for details in error.errors() for line in _describe(details)]
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError("\n".join([f"{origin}: {count}", *(f"  {p}" for p in problems)])) from None
 
 
+def absolute(section: AnySection) -> AnySection:
+    """Return a section with every path in it made absolute, so that it means the same wherever a run goes on."""
+    changed: dict[str, Any] = {}
+    for key, value in section:
+        if isinstance(value, Path):
+            changed[key] = value.absolute()
+        elif isinstance(value, BaseModel):
+            changed[key] = absolute(value)
+    return section.model_copy(update=changed)
+
+
 def resolved(config: RunConfig) -> dict[str, Any]:
-    """Return the whole configuration as plain data, paths absolute, defaults filled in."""
-    absolute = config.model_copy(update={"output": config.output.absolute()})
-    if config.model.path is not None:
-        model = config.model.model_copy(update={"path": config.model.path.absolute()})
-        absolute = absolute.model_copy(update={"model": model})
-    return absolute.model_dump(mode="json", exclude_none=True)
+    """Return the whole configuration as plain data, defaults filled in."""
+    return config.model_dump(mode="json", exclude_none=True)
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -167,10 +212,15 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     section = raw
     for parent in parents:
-        section = section.setdefault(parent, {})
+        if section.get(parent) is None:
+            section[parent] = {}
+        section = section[parent]
         if not isinstance(section, dict):
             raise ConfigError(f"--set {override!r}: {parent} is a value, not a section")
-    section[last] = yaml.safe_load(value)
+    try:
+        section[last] = yaml.load(value, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from None
 
 
 def _describe(details: ErrorDetails) -> list[str]:

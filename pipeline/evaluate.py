@@ -13,13 +13,16 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from pipeline.activations import Boundary
-from pipeline.calibration import load_tokenizer, require_in_vocabulary, text_windows
+from pipeline.calibration import load_tokenizer, require_in_vocabulary, require_positions, text_windows
 from pipeline.config import EvaluateConfig
-from pipeline.errors import CalibrationError
+from pipeline.errors import CalibrationError, NumericsError
 from pipeline.progress import Progress
 from pipeline.skeleton import Skeleton
 from pipeline.sources import TokensFile, describe, documents, token_ids
 from pipeline.stream import Stream
+
+LARGEST_EXPONENT = 709.0
+"""`exp` of more overflows a float."""
 
 HEAD_TOKENS = 128
 """Tokens whose logits are made at once: bounds the largest tensor of an evaluation to 128 x vocabulary."""
@@ -68,6 +71,7 @@ def evaluate(
     `between_blocks` is called after every block, and may raise to end the evaluation.
     """
     require_in_vocabulary(windows_WL, skeleton.vocab_size, "the evaluation text")
+    require_positions(windows_WL.shape[1], skeleton.num_positions, "evaluate.sequence_length")
     stream = Stream(skeleton, skeleton.checkpoint)
     boundary = Boundary((len(windows_WL), windows_WL.shape[1], stream.num_features), skeleton.dtype)
     progress.begin(task, skeleton.num_blocks, 0)
@@ -102,4 +106,10 @@ def _perplexity(stream: Stream, boundary: Boundary, windows_WL: torch.Tensor) ->
                 logits_TV = stream.logits(hidden_BTD)[0].float()
                 labels_T = windows_WL[row, start + 1 : stop + 1].to(logits_TV.device)
                 total += cross_entropy(logits_TV, labels_T, reduction="sum").double().cpu()
-    return math.exp(total.item() / (num_windows * (length - 1)))
+    mean = total.item() / (num_windows * (length - 1))
+    if not mean < LARGEST_EXPONENT:
+        raise NumericsError(
+            f"the cross-entropy is {mean:g} nats per token, so there is no finite perplexity: logits hold NaN or Inf, "
+            "or the model is broken. Compute in float32 (`compute.dtype: float32`), or check the download"
+        )
+    return math.exp(mean)

@@ -31,8 +31,7 @@ from pipeline.shards import write_atomically
 
 LEDGER_NAME = "ledger.jsonl"
 LOCK_NAME = "lock"
-_LEFTOVER_FILES = {LOCK_NAME, "config.yaml"}  # what a run that died before its header may leave
-_LEFTOVER_DIRECTORIES = {"model", "spool", "report"}  # the same, as long as they are empty
+_LEFTOVER_DIRECTORIES = {"model", "spool", "report"}  # a run that died early may leave them, empty
 _ABSENT = "(absent)"
 
 
@@ -108,7 +107,7 @@ class Ledger:
         with _os_errors(f"set up the run directory {run_directory}"):
             run_directory.mkdir(parents=True, exist_ok=True)
             if not path.exists():
-                _refuse_foreign(run_directory)
+                refuse_foreign(run_directory)
                 write_atomically(path, _encode({"kind": "header", **asdict(header)}))
         ledger = cls(path, writable=True)
         ledger._compare(header)
@@ -273,17 +272,20 @@ def _differences(path: str, found: JsonValue, asked: JsonValue) -> Iterator[str]
         yield f"{path}: {_canonical(found).decode()} in the ledger, {_canonical(asked).decode()} asked for"
 
 
-def _refuse_foreign(run_directory: Path) -> None:
+def refuse_foreign(run_directory: Path) -> None:
     """Raise `RunDirectoryError` where a directory without a ledger holds what no run of ours leaves there."""
-    rooms = [run_directory / name for name in _LEFTOVER_DIRECTORIES]
-    empty = {room.name for room in rooms if room.is_dir() and not any(room.iterdir())}
-    temporary = {path.name for path in run_directory.glob(".*.tmp")}
-    foreign = {path.name for path in run_directory.iterdir()} - _LEFTOVER_FILES - empty - temporary
-    if foreign:
+    foreign = sorted(path.name for path in run_directory.glob("*") if not _is_leftover(path))
+    if foreign and LEDGER_NAME not in foreign:
         raise RunDirectoryError(
             f"{run_directory} is an existing output directory of another job: it holds no {LEDGER_NAME} but "
-            f"{', '.join(sorted(foreign)[:3])} ({len(foreign)} in all); name a new or empty output directory"
+            f"{', '.join(foreign[:3])} ({len(foreign)} in all); name a new or empty output directory"
         )
+
+
+def _is_leftover(path: Path) -> bool:
+    if path.is_dir():
+        return path.name in _LEFTOVER_DIRECTORIES and not any(path.iterdir())
+    return path.suffix == ".tmp" or (path.name == LOCK_NAME and path.read_bytes()[:8] in (b"", b"process "))
 
 
 @contextmanager

@@ -14,20 +14,21 @@ from pydantic import JsonValue
 
 from pipeline.activations import Boundary
 from pipeline.assemble import assemble
-from pipeline.calibration import CalibrationSet, load_calibration
+from pipeline.calibration import CalibrationSet, load_calibration, require_positions
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import RunConfig, resolved
 from pipeline.devices import choose_device, choose_dtype
 from pipeline.errors import RunStopped
 from pipeline.evaluate import evaluate, load_windows
 from pipeline.hub import fetch_model
-from pipeline.ledger import Header, Ledger, RunLock
+from pipeline.ledger import Header, Ledger, RunLock, refuse_foreign
 from pipeline.meter import human_seconds
 from pipeline.progress import Progress, StopAsked
 from pipeline.report import REPORT, Report, build_report
 from pipeline.shards import remove_leftovers, write_atomically
 from pipeline.skeleton import Skeleton
 from pipeline.sources import describe
+from pipeline.sparsity import SemiStructured
 from pipeline.stage import Order, Stage, Streams
 from pipeline.stream import Stream
 
@@ -60,6 +61,7 @@ def run(config: RunConfig, progress: Progress, stop_asked: StopAsked) -> Report:
     Raises RunStopped once `stop_asked()` is true and the block at hand is committed; every SecateurError leaves the
     run directory so that the run can be started again.
     """
+    refuse_foreign(config.output)
     with RunLock(config.output), open_job(config, progress, stop_asked) as job:
         _evaluate(job, "before")
         prune_blocks(job)
@@ -80,12 +82,14 @@ def open_job(config: RunConfig, progress: Progress, stop_asked: StopAsked) -> It
         device = choose_device(config.compute.device)
         stored = checkpoint.matrix_dtype()
         skeleton = Skeleton(checkpoint, device, choose_dtype(config.compute.dtype, device, stored))
+        require_positions(config.calibration.tokens, skeleton.num_positions, "calibration.tokens")
         calibration = load_calibration(config.calibration, directory, skeleton.vocab_size)
         ledger = Ledger.open(config.output, header_of(config, skeleton, calibration))
         write_atomically(config.output / "config.yaml", yaml.safe_dump(resolved(config), sort_keys=False).encode())
         model_directory = config.output / "model"
         model_directory.mkdir(exist_ok=True)
-        remove_leftovers(model_directory)
+        for written_to in (config.output, model_directory, config.output / "report"):
+            remove_leftovers(written_to)
         yield Job(
             config=config,
             checkpoint=checkpoint,
@@ -108,14 +112,19 @@ def model_directory_of(config: RunConfig) -> Path:
 
 def header_of(config: RunConfig, skeleton: Skeleton, calibration: CalibrationSet) -> Header:
     """Return what determines the output's bytes: a resumed run must agree with it."""
-    plain = resolved(config)
+    target = config.prune.target
+    prune: dict[str, JsonValue] = {
+        "sparsity": str(target) if isinstance(target, SemiStructured) else target.ratio,
+        "recipe": config.prune.steps.as_data(),
+        "skip": list(config.prune.skip),
+    }
     compute: dict[str, JsonValue] = {
         "device": skeleton.device.type,
         "dtype": str(skeleton.dtype).removeprefix("torch."),
         "batch": config.compute.batch,
     }
     return Header(
-        config={"prune": {**plain["prune"], "recipe": config.prune.steps.as_data()}, "compute": compute},
+        config={"prune": prune, "compute": compute},
         source=skeleton.checkpoint.fingerprint(),
         calibration=calibration.sha256,
         versions={
@@ -141,6 +150,7 @@ def prune_blocks(job: Job) -> None:
     )
     stage = Stage(job.skeleton, order, Streams(pruned=first, dense=dense), job.model_directory, job.progress)
     replay_committed(job, stage, remaining.start)
+    job.progress.say(f"calibration: {job.calibration.description}")
     job.progress.begin("prune", job.skeleton.num_blocks, remaining.start)
     for index in remaining:
         commit, watch = stage.prune_block(index)
@@ -177,13 +187,13 @@ def embed_calibration(job: Job) -> Boundary:
 
 
 def provenance(job: Job) -> dict[str, JsonValue]:
-    """Return what the model directory says about how it was made."""
+    """Return what the model directory says about how it was made; it names no path, for it may be published."""
     commits = job.ledger.commits.values()
     linears = [record for commit in commits for record in commit.linears.values()]
     return {
         "tool": f"secateur {version('secateur')}",
         "settings": job.ledger.header.config,
-        "calibration": {"text": job.calibration.description, "sha256": job.calibration.sha256},
+        "calibration": {"shape": list(job.calibration.tokens_NT.shape), "sha256": job.calibration.sha256},
         "source_sha256": job.ledger.header.source,
         "pruned_weights": sum(record.pruned for record in linears),
         "prunable_weights": sum(record.numel for record in linears),

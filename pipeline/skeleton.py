@@ -46,6 +46,8 @@ class Skeleton:
         self._refuse_what_we_cannot_prune()
         self.stored_name = self._match_names()
         self.vocab_size: int = self.model.get_input_embeddings().num_embeddings
+        positions = self.model.config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+        self.num_positions: int | None = self.model.config.to_dict().get(positions)
 
     @property
     def num_blocks(self) -> int:

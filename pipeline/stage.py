@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pipeline.activations import Boundary, batches
+from pipeline.activations import Boundary, batches, require_finite
 from pipeline.checkpoint import Checkpoint
-from pipeline.errors import ConfigError, RunDirectoryError
+from pipeline.errors import ConfigError, NumericsError, RunDirectoryError
 from pipeline.ledger import Commit, LinearRecord
 from pipeline.linears import Collector, Linear, find_linears
 from pipeline.meter import Stopwatch
@@ -76,13 +76,14 @@ class Stage:
         watch = Stopwatch(self._skeleton.device)
         with self._phase(watch, index, "read"):
             block = self._skeleton.load_block(index, self._skeleton.checkpoint)
-            linears = find_linears(block, self._order.skip)
+            linears = linears_to_prune(block, self._order.skip)
             check_divides(linears, block, self._order.sparsity)
         with self._phase(watch, index, "collect"):
             collector, targets = self._collect(index, linears)
         with self._phase(watch, index, "prune"):
             bench = Workbench(self._stream, block, index, linears, collector, self._streams.pruned, targets)
-            pruned = apply_recipe(self._order.recipe, self._order.sparsity, bench, self._progress.figures)
+            with _naming(index):
+                pruned = apply_recipe(self._order.recipe, self._order.sparsity, bench, self._progress.figures)
         with self._phase(watch, index, "commit"):
             records, shard = self._write(index, linears, pruned)
             error = self._error(index, targets)
@@ -130,6 +131,7 @@ class Stage:
             with collector.watching(self._skeleton.blocks[index], to_the_end=is_target):
                 output = self._stream.run_block(index, pruned.read(sequences, self._skeleton.device))
                 if is_target:
+                    require_finite(output, f"dense block {index}")
                     targets[sequences].copy_(output[: num_targets - sequences.start])
         collector.check_finite(f"block {index}")
         if dense is not None:
@@ -148,6 +150,7 @@ class Stage:
     def _error(self, index: int, targets: torch.Tensor) -> float:
         """Return the relative error of the pruned block on the first sequence."""
         output = self._stream.run_block(index, self._streams.pruned.read(slice(0, 1), self._skeleton.device))
+        require_finite(output, f"pruned block {index}")
         return relative_error(output, targets[:1].to(output.device)).item()
 
     def _write(
@@ -200,6 +203,27 @@ def _pruned_chunks(
         rewritten=pruned.weight_OD is not None, notes=pruned.notes,
     )  # fmt: skip
     yield from tensor_chunks(tensor)
+
+
+def linears_to_prune(block: nn.Module, skip: tuple[str, ...]) -> list[Linear]:
+    """Return the linears of a block less the skipped; raises ConfigError when a pattern or a block comes out empty."""
+    everything, linears = find_linears(block), find_linears(block, skip)
+    names = ", ".join(linear.name for linear in everything)
+    for pattern in skip:
+        if len(find_linears(block, [pattern])) == len(everything):
+            raise ConfigError(f"prune.skip: {pattern!r} matches no linear of a block; they are called {names}")
+    if not linears:
+        raise ConfigError(f"prune.skip leaves nothing to prune of {names}; skip fewer")
+    return linears
+
+
+@contextmanager
+def _naming(index: int) -> Iterator[None]:
+    """Put the block's number before the message of a method's NumericsError."""
+    try:
+        yield
+    except NumericsError as error:
+        raise NumericsError(f"block {index}: {error.message}") from error
 
 
 def check_divides(linears: Sequence[Linear], block: nn.Module, sparsity: Sparsity) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pipeline.assemble import OUTSIDE
-from pipeline.checkpoint import Checkpoint
+from pipeline.checkpoint import INDEX_NAME, Checkpoint
 from pipeline.errors import VerificationError
 from pipeline.ledger import Commit, Ledger, LinearRecord
 from pipeline.linears import find_linears
@@ -46,6 +46,11 @@ def verify(run_directory: Path, source: Path, progress: Progress) -> Verificatio
     """Check a finished run against its source; raises VerificationError that lists every discrepancy."""
     ledger = Ledger.read(run_directory)
     directory = run_directory / "model"
+    if not (directory / INDEX_NAME).exists():
+        raise VerificationError(
+            f"the run in {run_directory} is not finished ({len(ledger.commits)} blocks are committed), so there is no "
+            f"model to verify yet; go on with: secateur run {run_directory}"
+        )
     with closing(Checkpoint.open(directory)) as output, closing(Checkpoint.open(source)) as original:
         skeleton = Skeleton(original, torch.device("cpu"), torch.float32)
         problems = _names_and_shapes(output, original)
