@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError, NumericsError, UnsupportedCheckpoint
+from pipeline.heap import give_back_freed_memory
 from pipeline.numerics import all_finite
 
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -97,8 +98,9 @@ class Skeleton:
                 owner._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     def release_block(self, index: int) -> None:
-        """Drop one block's parameters."""
+        """Drop one block's parameters, and give their memory back."""
         self.release(self.blocks[index], self.block_names(index))
+        give_back_freed_memory()
 
     def _dtype_of(self, owner: nn.Module, leaf: str) -> torch.dtype:
         """Parameters live in the compute dtype, buffers in their own."""

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 FLOORS = {
-    0: "pipeline: devices errors header meter numerics progress shard_names sparsity statistics",
+    0: "pipeline: devices errors header heap meter numerics progress shard_names sparsity statistics",
     1: "pipeline: methods shards",
     2: "pipeline: calibration checkpoint config hub ledger recipe sources",
     3: "pipeline: activations linears skeleton",
