@@ -114,7 +114,7 @@ def _keep_highest_slab(score_RN: torch.Tensor, num_pruned: int) -> torch.Tensor:
     kth_R1 = score_RN.kthvalue(num_pruned, dim=1, keepdim=True).values
     keep_RN = score_RN > kth_R1
     num_kept = score_RN.shape[1] - num_pruned
-    tied_R = (keep_RN.sum(dim=1) != num_kept).nonzero().flatten()
+    tied_R = (keep_RN.count_nonzero(dim=1) != num_kept).nonzero().flatten()
     if len(tied_R):
         tied = score_RN[tied_R]
         equal = tied == kth_R1[tied_R]

@@ -199,7 +199,7 @@ def _pruned_chunks(
     tensor.masked_fill_(drop, 0)
     block.get_parameter(linear.parameter).data.copy_(tensor)
     records[linear.name] = LinearRecord(
-        pruned=int(drop.sum()), zeros=int((tensor == 0).sum()), numel=tensor.numel(),
+        pruned=int(drop.count_nonzero()), zeros=tensor.numel() - int(tensor.count_nonzero()), numel=tensor.numel(),
         rewritten=pruned.weight_OD is not None, notes=pruned.notes,
     )  # fmt: skip
     yield from tensor_chunks(tensor)

@@ -11,6 +11,10 @@ import torch
 from pipeline.numerics import all_finite
 
 
+SLAB_NUMEL = 1 << 22
+"""Inputs squared at once: bounds the float64 temporary to 32 MB, whatever the batch."""
+
+
 class Statistic(Protocol):
     """A mergeable summary of a linear's inputs."""
 
@@ -46,8 +50,9 @@ class ColumnSquares:
         return cls(torch.zeros(num_features, dtype=torch.float64, device=device), 0)
 
     def update(self, x_TD: torch.Tensor) -> None:
-        """Add the tokens of one batch; squares are taken in float32, summed in float64."""
-        self.squares_D += x_TD.float().square().sum(dim=0, dtype=torch.float64)
+        """Add the tokens of one batch, in float64, a slab of tokens at a time."""
+        for slab_TD in x_TD.split(max(1, SLAB_NUMEL // x_TD.shape[1])):
+            self.squares_D += slab_TD.double().square_().sum(dim=0)
         self.num_tokens += x_TD.shape[0]
 
     def merge(self, other: Self) -> None:

@@ -128,7 +128,7 @@ def _pruned(
     name: str, pruned_OD: torch.Tensor, source_OD: torch.Tensor, record: LinearRecord, sparsity: Sparsity
 ) -> Iterator[str]:
     kept_OD = pruned_OD != 0
-    zeros = pruned_OD.numel() - int(kept_OD.sum())
+    zeros = pruned_OD.numel() - int(kept_OD.count_nonzero())
     if zeros != record.zeros or zeros < record.pruned:
         yield f"{name} has {zeros} zeros, the ledger says {record.zeros} ({record.pruned} pruned)"
     if not all_finite(pruned_OD):
