@@ -10,7 +10,6 @@ import torch
 
 from pipeline.numerics import all_finite
 
-
 SLAB_NUMEL = 1 << 22
 """Inputs squared at once: bounds the float64 temporary to 32 MB, whatever the batch."""
 
@@ -51,8 +50,8 @@ class ColumnSquares:
 
     def update(self, x_TD: torch.Tensor) -> None:
         """Add the tokens of one batch, in float64, a slab of tokens at a time."""
-        for slab_TD in x_TD.split(max(1, SLAB_NUMEL // x_TD.shape[1])):
-            self.squares_D += slab_TD.double().square_().sum(dim=0)
+        for slab_TD in torch.split(x_TD, max(1, SLAB_NUMEL // x_TD.shape[1])):
+            self.squares_D += slab_TD.double().square().sum(dim=0)
         self.num_tokens += x_TD.shape[0]
 
     def merge(self, other: Self) -> None:
