@@ -24,6 +24,9 @@ from pipeline.numerics import all_finite
 
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+GIVE_BACK_BYTES = 1 << 25
+"""Weights dropped before freed memory is given back: doing so makes what runs next fault its pages in again."""
+
 
 class TensorSource(Protocol):
     """Anything that can read a tensor by its checkpoint name: a checkpoint, or one of its shards."""
@@ -39,6 +42,7 @@ class Skeleton:
         self.checkpoint = checkpoint
         self.device = device
         self.dtype = dtype
+        self._dropped_bytes = 0
         self.model = build_empty(checkpoint.directory, dtype)
         self.block_prefix, self.blocks = find_blocks(self.model)
         for module in self.model.modules():
@@ -98,9 +102,12 @@ class Skeleton:
                 owner._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     def release_block(self, index: int) -> None:
-        """Drop one block's parameters, and give their memory back."""
+        """Drop one block's parameters; their memory goes back to the system, several small blocks at a time."""
+        self._dropped_bytes += sum(p.nbytes for p in self.blocks[index].parameters() if not p.is_meta)
         self.release(self.blocks[index], self.block_names(index))
-        give_back_freed_memory()
+        if self._dropped_bytes >= GIVE_BACK_BYTES:
+            give_back_freed_memory()
+            self._dropped_bytes = 0
 
     def _dtype_of(self, owner: nn.Module, leaf: str) -> torch.dtype:
         """Parameters live in the compute dtype, buffers in their own."""
