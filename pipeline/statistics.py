@@ -10,8 +10,8 @@ import torch
 
 from pipeline.numerics import all_finite
 
-SLAB_NUMEL = 1 << 22
-"""Inputs squared at once: bounds the float64 temporary to 32 MB, whatever the batch."""
+CPU_SLAB_NUMEL, SLAB_NUMEL = 1 << 17, 1 << 24
+"""Inputs squared at once: what stays in a core's cache, or keeps an accelerator busy with 128 MB of float64."""
 
 
 class Statistic(Protocol):
@@ -50,7 +50,8 @@ class ColumnSquares:
 
     def update(self, x_TD: torch.Tensor) -> None:
         """Add the tokens of one batch, in float64, a slab of tokens at a time."""
-        for slab_TD in torch.split(x_TD, max(1, SLAB_NUMEL // x_TD.shape[1])):
+        slab_numel = CPU_SLAB_NUMEL if x_TD.device.type == "cpu" else SLAB_NUMEL
+        for slab_TD in torch.split(x_TD, max(1, slab_numel // x_TD.shape[1])):
             self.squares_D += slab_TD.double().square().sum(dim=0)
         self.num_tokens += x_TD.shape[0]
 
