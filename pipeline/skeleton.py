@@ -24,7 +24,7 @@ from pipeline.numerics import all_finite
 
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-GIVE_BACK_BYTES = 1 << 25
+GIVE_BACK_BYTES = 3 << 24
 """Weights dropped before freed memory is given back: doing so makes what runs next fault its pages in again."""
 
 

@@ -37,4 +37,4 @@ def test_resident_memory_does_not_grow_with_the_blocks_that_were_read(tmp_path: 
     write_llama(tmp_path / "model", LlamaConfig(**shape, num_hidden_layers=8, vocab_size=64))
     command = [sys.executable, "-c", CHILD, str(tmp_path / "model")]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert int(done.stdout) < 3 * BLOCK_BYTES
+    assert int(done.stdout) < 4 * BLOCK_BYTES
