@@ -36,6 +36,9 @@ from pipeline.statistics import relative_error
 from pipeline.stream import Stream
 from pipeline.workbench import Workbench, apply_recipe
 
+INTEGERS = {2: torch.int16, 4: torch.int32}
+"""Integer dtype of the same size as a stored float."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
@@ -191,15 +194,16 @@ def _pruned_chunks(
     Weights that were only masked are taken from the source again, so that kept ones stay as they are to the bit,
     whatever the compute dtype.
     """
-    drop = linear.to_stored(~pruned.keep_OD).cpu()
+    keep = linear.to_stored(pruned.keep_OD).cpu()
     if pruned.weight_OD is None:
         tensor = checkpoint.read(stored)
     else:
         tensor = linear.to_stored(pruned.weight_OD).to("cpu", checkpoint.tensors[stored].dtype).contiguous()
-    tensor.masked_fill_(drop, 0)
+    # As integers: pruned weights become +0, never -0, and it is several times faster than masked_fill_.
+    tensor.view(INTEGERS[tensor.dtype.itemsize]).mul_(keep)
     block.get_parameter(linear.parameter).data.copy_(tensor)
     records[linear.name] = LinearRecord(
-        pruned=int(drop.count_nonzero()), zeros=tensor.numel() - int(tensor.count_nonzero()), numel=tensor.numel(),
+        pruned=keep.numel() - int(keep.count_nonzero()), zeros=tensor.numel() - int(tensor.count_nonzero()), numel=tensor.numel(),
         rewritten=pruned.weight_OD is not None, notes=pruned.notes,
     )  # fmt: skip
     yield from tensor_chunks(tensor)
