@@ -203,9 +203,12 @@ def _pruned_chunks(
     tensor.view(INTEGERS[tensor.dtype.itemsize]).mul_(keep)
     block.get_parameter(linear.parameter).data.copy_(tensor)
     records[linear.name] = LinearRecord(
-        pruned=keep.numel() - int(keep.count_nonzero()), zeros=tensor.numel() - int(tensor.count_nonzero()), numel=tensor.numel(),
-        rewritten=pruned.weight_OD is not None, notes=pruned.notes,
-    )  # fmt: skip
+        pruned=keep.numel() - int(keep.count_nonzero()),
+        zeros=tensor.numel() - int(tensor.count_nonzero()),
+        numel=tensor.numel(),
+        rewritten=pruned.weight_OD is not None,
+        notes=pruned.notes,
+    )
     yield from tensor_chunks(tensor)
 
 
