@@ -21,9 +21,9 @@ from pipeline.doctor import examine
 from pipeline.errors import ConfigError, RunStopped, SecateurError
 from pipeline.evaluate import evaluate as evaluate_checkpoint
 from pipeline.evaluate import load_windows
+from pipeline.job import model_directory_of
 from pipeline.meter import human_bytes
 from pipeline.plan import make_plan
-from pipeline.run import model_directory_of
 from pipeline.run import run as run_pipeline
 from pipeline.skeleton import Skeleton
 from pipeline.verify import verify as verify_run

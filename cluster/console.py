@@ -48,11 +48,13 @@ class PlainProgress:
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console, self._clock = console, clock
-        self._task, self._total, self._start, self._first = "", 0, 0.0, 0
+        self._task, self._total, self._start = "", 0, 0.0
+        self._first, self._done = 0, 0
 
     def begin(self, task: str, total: int, done: int) -> None:
         """Say what begins."""
-        self._task, self._total, self._first, self._start = task, total, done, self._clock()
+        self._task, self._total, self._start = task, total, self._clock()
+        self._first = self._done = done
         self.say(f"{task}: {total - done} of {total} blocks to do")
 
     def phase(self, block: int, name: str) -> None:
@@ -62,9 +64,9 @@ class PlainProgress:
         """Say nothing: figures change too often for a log."""
 
     def advance(self, block: int, summary: str) -> None:
-        """Say that a block is done, and how long the rest will take."""
-        elapsed = self._clock() - self._start
-        left = elapsed / (block + 1 - self._first) * (self._total - block - 1)
+        """Say that a block is done, and how long the rest will take; stages end blocks out of order."""
+        self._done += 1
+        left = (self._clock() - self._start) / (self._done - self._first) * (self._total - self._done)
         self.say(f"{self._task}: block {block + 1}/{self._total} {summary} ({human_seconds(left)} left)")
 
     def end(self) -> None:
@@ -153,10 +155,16 @@ def _report_rows(report: Report) -> list[tuple[str, str]]:
     phases = ", ".join(f"{name} {human_seconds(spent)}" for name, spent in report.seconds.items())
     rows += [
         ("time", f"{human_seconds(sum(report.seconds.values()))}: {phases}"),
-        ("cost", f"{report.forward_equivalents:.2f} forward passes of the calibration set"),
+        ("cost", _cost(report.forward_equivalents)),
         ("peak memory", f"host {human_bytes(report.peak_host_bytes)}" + _device(report)),
     ]
     return rows + [(name.replace("_", " "), f"{value:.4g}") for name, value in report.notes.items()]
+
+
+def _cost(forward_equivalents: float | None) -> str:
+    if forward_equivalents is None:
+        return "not measured: no block was propagated"
+    return f"{forward_equivalents:.2f} forward passes of the calibration set"
 
 
 def _device(report: Report) -> str:

@@ -1,11 +1,15 @@
 """Hidden states of all calibration sequences at one boundary between blocks, kept in host memory."""
 
 from collections.abc import Iterator
+from threading import Condition
+from typing import Literal, Protocol
 
 import torch
 
 from pipeline.errors import NumericsError
 from pipeline.numerics import all_finite
+
+StreamName = Literal["pruned", "dense"]
 
 
 class Boundary:
@@ -17,7 +21,7 @@ class Boundary:
     @classmethod
     def copy_of(cls, other: "Boundary") -> "Boundary":
         """Return an independent boundary with the same hidden states."""
-        copy = cls(other.shape, other.hidden_NTD.dtype)
+        copy = Boundary(other.shape, other.hidden_NTD.dtype)
         copy.hidden_NTD.copy_(other.hidden_NTD)
         return copy
 
@@ -44,6 +48,50 @@ class Boundary:
         """Store hidden_BTD; raises NumericsError naming `where` when it holds NaN or Inf."""
         require_finite(hidden_BTD, where)
         self.hidden_NTD[sequences].copy_(hidden_BTD)
+
+
+class ArrivingBoundary(Boundary):
+    """A boundary that another stage fills, batch by batch and in any order, while it is read here.
+
+    Who reads a sequence that has not arrived waits for it: so the first block is collected as fast as batches come.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+        super().__init__(shape, dtype)
+        self._missing = set(range(shape[0]))
+        self._arrived = Condition()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every sequence has arrived."""
+        return not self._missing
+
+    def put(self, sequences: slice, hidden_BTD: torch.Tensor) -> None:
+        """Take what has arrived from another thread; what is here already is not taken a second time.
+
+        By then it may have been replaced by the outputs of this stage's own blocks.
+        """
+        wanted = set(range(sequences.start, sequences.stop))
+        with self._arrived:
+            if wanted <= self._missing:
+                self.hidden_NTD[sequences].copy_(hidden_BTD)
+                self._missing -= wanted
+                self._arrived.notify_all()
+
+    def read(self, sequences: slice, device: torch.device) -> torch.Tensor:
+        """Return hidden_BTD of some sequences on a device, once they are there."""
+        if self._missing:
+            wanted = set(range(*sequences.indices(self.num_sequences)))
+            with self._arrived:
+                self._arrived.wait_for(lambda: not wanted & self._missing)
+        return super().read(sequences, device)
+
+
+class Outlet(Protocol):
+    """Where a stage's hidden states go on to."""
+
+    def send(self, stream: StreamName, sequences: slice, hidden_BTD: torch.Tensor) -> None:
+        """Hand one batch on; waits while too many are under way."""
 
 
 def require_finite(hidden_BTD: torch.Tensor, where: str) -> None:

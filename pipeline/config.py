@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails
 
 from pipeline.calibration import CalibrationConfig
+from pipeline.cluster_config import ClusterConfig
 from pipeline.errors import ConfigError
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.sources import SourceField
@@ -121,6 +122,10 @@ class ComputeConfig(Section):
     batch: int = Field(default=4, ge=1)
     """Sequences that go through a block at a time."""
 
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads of each process; torch's own choice when absent. Rounding depends on it, so a run that is to be
+    repeated to the bit on another machine names it."""
+
 
 class EvaluateConfig(Section):
     """Perplexity before and after, on text of its own."""
@@ -157,6 +162,8 @@ class RunConfig(Section):
     prune: PruneConfig = PruneConfig()
     compute: ComputeConfig = ComputeConfig()
     evaluate: EvaluateConfig | None = None
+    cluster: ClusterConfig | None = None
+    """Where the blocks are spread over many workers; this process alone when absent."""
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -242,8 +249,7 @@ def _nearest(location: tuple[int | str, ...]) -> str:
     for part in location[:-1]:
         inside = isinstance(section, type) and issubclass(section, BaseModel) and part in section.model_fields
         section = section.model_fields[str(part)].annotation if inside else None
-    if section == EvaluateConfig | None:
-        section = EvaluateConfig
+        section = next((kind for kind in (EvaluateConfig, ClusterConfig) if section == kind | None), section)
     if not (isinstance(section, type) and issubclass(section, BaseModel)):
         return ""
     near = get_close_matches(str(location[-1]), section.model_fields, n=1)

@@ -1,5 +1,6 @@
-"""Which device and dtype a run computes with."""
+"""Which device and dtype a run computes with, and how much memory is free there."""
 
+import psutil
 import torch
 
 from pipeline.errors import ConfigError
@@ -27,3 +28,10 @@ def choose_dtype(asked: str, device: torch.device, stored: torch.dtype) -> torch
     if asked != "auto":
         return DTYPES[asked]
     return torch.float32 if device.type == "cpu" else stored
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the memory that can be had where blocks run: of the accelerator, or of the host for a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

@@ -15,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import NumericsError
+from pipeline.peers import Peers
 from pipeline.statistics import Statistic
 
 
@@ -105,12 +106,17 @@ class Collector:
             for handle in handles:
                 handle.remove()
 
-    def check_finite(self, block_name: str) -> None:
+    def sum_over(self, peers: Peers) -> None:
+        """Make every statistic that of all replicas' tokens; `num_tokens` stays this replica's."""
+        for statistics in self._statistics.values():
+            peers.sum([tensor for statistic in statistics.values() for tensor in statistic.sums()])
+
+    def check_finite(self) -> None:
         """Raise NumericsError naming the linear whose inputs were not finite."""
         for name, statistics in self._statistics.items():
             if not all(statistic.is_finite() for statistic in statistics.values()):
                 raise NumericsError(
-                    f"hidden states at the input of {block_name}.{name} hold NaN or Inf; nothing of it was "
+                    f"hidden states at the input of {name} hold NaN or Inf; nothing of it was "
                     "written. Compute in float32 (`compute.dtype: float32`), or check the source model"
                 )
 

@@ -32,8 +32,9 @@ class Report:
     seconds: dict[str, float]
     """Wall clock by phase, over all blocks and all sessions of the run."""
 
-    forward_equivalents: float
-    """Cost in forward passes of all calibration sequences through all blocks (the time `propagate` takes)."""
+    forward_equivalents: float | None
+    """Cost in forward passes of all calibration sequences through all blocks (a pass is what `propagate` takes a
+    block, times all blocks); None where no block was propagated."""
 
     peak_host_bytes: int
     peak_device_bytes: int
@@ -60,9 +61,10 @@ def build_report(ledger: Ledger, num_blocks: int, device: torch.device) -> Repor
     for commit in commits:
         for phase, spent in commit.seconds.items():
             seconds[phase] = seconds.get(phase, 0.0) + spent
+    # The last block of all is never propagated, nor is the last of a stage that hands nothing on.
     propagated = [v for i in range(num_blocks) if isinstance(v := ledger.notes.get(f"propagate.{i}"), float)]
-    # A stop between commit and propagate leaves one block untimed: scale up to all of them.
-    seconds["propagate"] = sum(propagated) / max(len(propagated), 1) * num_blocks
+    seconds["propagate"] = sum(propagated)
+    one_pass = sum(propagated) / len(propagated) * num_blocks if propagated else None
     return Report(
         sparsity=_asked(ledger),
         pruned_weights=sum(record.pruned for record in records),
@@ -71,7 +73,7 @@ def build_report(ledger: Ledger, num_blocks: int, device: torch.device) -> Repor
         perplexity_before=_perplexity(ledger, "before"),
         perplexity_after=_perplexity(ledger, "after"),
         seconds=seconds,
-        forward_equivalents=sum(seconds.values()) / max(seconds["propagate"], 1e-9),
+        forward_equivalents=sum(seconds.values()) / one_pass if one_pass else None,
         peak_host_bytes=peak_host_bytes(),
         peak_device_bytes=peak_device_bytes(device),
         notes=_extremes(records),

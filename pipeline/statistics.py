@@ -29,6 +29,9 @@ class Statistic(Protocol):
     def merge(self, other: Self) -> None:
         """Add the tokens another statistic has seen."""
 
+    def sums(self) -> list[torch.Tensor]:
+        """Return the tensors that add up over tokens, for whoever sums them over replicas."""
+
     def is_finite(self) -> bool:
         """Tell whether every number in it is finite."""
 
@@ -60,6 +63,10 @@ class ColumnSquares:
         self.squares_D += other.squares_D
         self.num_tokens += other.num_tokens
 
+    def sums(self) -> list[torch.Tensor]:
+        """Return the sums of squares."""
+        return [self.squares_D]
+
     def is_finite(self) -> bool:
         """Tell whether every sum is finite."""
         return all_finite(self.squares_D)
@@ -90,6 +97,10 @@ class Gram:
         """Add the tokens another statistic has seen."""
         self.gram_DD += other.gram_DD
         self.num_tokens += other.num_tokens
+
+    def sums(self) -> list[torch.Tensor]:
+        """Return the inner products."""
+        return [self.gram_DD]
 
     def is_finite(self) -> bool:
         """Tell whether every product is finite (a NaN or Inf input always reaches the diagonal)."""

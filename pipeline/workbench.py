@@ -7,8 +7,10 @@ from torch import nn
 
 from pipeline.activations import Boundary
 from pipeline.linears import Collector, Linear
-from pipeline.methods.step import BlockStep, LinearStep, PrunedLinear, Report
+from pipeline.methods.step import BlockStep, LinearStep, MiniBatch, PrunedLinear, Report, Solver
+from pipeline.peers import Peers
 from pipeline.recipe import Recipe
+from pipeline.sharing import share_out, solve_rows, solve_whole
 from pipeline.sparsity import Sparsity
 from pipeline.statistics import Statistic
 from pipeline.stream import Stream
@@ -26,16 +28,38 @@ class Workbench:
         collector: Collector,
         inputs: Boundary,
         targets: torch.Tensor,
+        peers: Peers,
     ) -> None:
         self._stream, self._index = stream, index
         self._linears = {linear.name: linear for linear in linears}
         self._collector, self._inputs, self._targets = collector, inputs, targets
         self.weights = {linear.name: linear.weight(block) for linear in linears}
+        self.peers = peers
 
     @property
-    def num_sequences(self) -> int:
-        """Calibration sequences at hand."""
-        return self._inputs.num_sequences
+    def num_replicas(self) -> int:
+        """Replicas that work on this block, each with its own part of the sequences."""
+        return self.peers.size
+
+    def mini_batches(self, size: int) -> list[MiniBatch]:
+        """Return the updates of one pass over the calibration: `size` sequences of every replica in each."""
+        counts = torch.zeros(self.peers.size, dtype=torch.float64, device=self._device)
+        counts[self.peers.rank] = self._inputs.num_sequences
+        self.peers.sum([counts])
+        updates = []
+        for start in range(0, int(counts.max()), size):
+            parts = (counts - start).clamp(0, size)
+            here = int(parts[self.peers.rank])
+            updates.append(MiniBatch(here=slice(start, start + here), weight=here / parts.sum().item()))
+        return updates
+
+    def sum(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replace tensors (gradients), in place, by their sums over all replicas."""
+        self.peers.sum(tensors)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.weights.values())).device
 
     def groups(self) -> list[list[Linear]]:
         """Return the linears grouped by the input they share."""
@@ -48,16 +72,18 @@ class Workbench:
     def output(self, weights: Mapping[str, torch.Tensor], sequences: slice) -> torch.Tensor:
         """Run the block on the pruned stream with other weights."""
         stored = {self._linears[name].parameter: self._linears[name].to_stored(w) for name, w in weights.items()}
-        device = next(iter(weights.values())).device
-        return self._stream.run_block(self._index, self._inputs.read(sequences, device), stored)
+        return self._stream.run_block(self._index, self._inputs.read(sequences, self._device), stored)
 
     def target(self, sequences: slice) -> torch.Tensor:
         """Return the hidden_BTD that the pruned block is to reproduce."""
-        return self._targets[sequences].to(next(iter(self.weights.values())).device)
+        return self._targets[sequences].to(self._device)
 
 
 def apply_recipe(recipe: Recipe, sparsity: Sparsity, bench: Workbench, report: Report) -> dict[str, PrunedLinear]:
-    """Run the steps in turn; each linear ends with the mask, weights and notes of all of them."""
+    """Run the steps in turn; each linear ends with the mask, weights and notes of all of them.
+
+    Replicas share the work of linear steps, and end with the same bits, or with a NumericsError.
+    """
     state: dict[str, PrunedLinear] = {}
     for step in recipe.steps:
         if isinstance(step, BlockStep):
@@ -70,6 +96,8 @@ def apply_recipe(recipe: Recipe, sparsity: Sparsity, bench: Workbench, report: R
             weight = result.weight_OD if result.weight_OD is not None or before is None else before.weight_OD
             notes = {**(before.notes if before else {}), **result.notes}
             state[name] = PrunedLinear(keep_OD=result.keep_OD, weight_OD=weight, notes=notes)
+    kept_rows = [linear.keep_OD.count_nonzero(dim=1) for linear in state.values()]
+    bench.peers.agree(torch.cat(kept_rows), "how many weights each row keeps")
     return state
 
 
@@ -77,14 +105,30 @@ def apply_recipe(recipe: Recipe, sparsity: Sparsity, bench: Workbench, report: R
 def _run_linear_step(
     step: LinearStep, sparsity: Sparsity, bench: Workbench, state: Mapping[str, PrunedLinear]
 ) -> dict[str, PrunedLinear]:
+    groups = bench.groups()
+    owners = share_out([sum(_effort(bench.weights[n.name]) for n in group) for group in groups], bench.peers.size)
     results = {}
-    for group in bench.groups():
+    for group, owner in zip(groups, owners, strict=True):
         kind = step.statistic
-        solve = step.solver(None if kind is None else bench.statistic(group[0].name, kind))
+        by_rows = step.rows_alone(sparsity)
+        solve: Solver | None = None
+        if by_rows or owner == bench.peers.rank:
+            solve = step.solver(None if kind is None else bench.statistic(group[0].name, kind))
         for linear in group:
             before = state.get(linear.name)
             weight = bench.weights[linear.name]
             if before is not None and before.weight_OD is not None:
                 weight = before.weight_OD
-            results[linear.name] = solve(weight, before.keep_OD if before else None, sparsity)
+            given = before.keep_OD if before else None
+            if by_rows:
+                assert solve is not None
+                results[linear.name] = solve_rows(solve, weight, given, sparsity, bench.peers)
+            else:
+                results[linear.name] = solve_whole(solve, weight, given, sparsity, bench.peers, owner)
     return results
+
+
+def _effort(weight_OD: torch.Tensor) -> float:
+    """Judge the work of solving one linear: rows times columns squared, as a factorisation and its updates take."""
+    num_rows, num_columns = weight_OD.shape
+    return float(num_rows + num_columns) * num_columns**2

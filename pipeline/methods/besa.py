@@ -30,7 +30,7 @@ from pipeline.methods.row_sparsity import (
     shares,
     tilt_towards,
 )
-from pipeline.methods.step import BlockStep, BlockView, PrunedLinear, Report
+from pipeline.methods.step import BlockStep, BlockView, MiniBatch, PrunedLinear, Report
 from pipeline.methods.wanda import input_norms, wanda_scores
 from pipeline.sparsity import Sparsity, Unstructured, map_rows, rank_dtype, row_ranks
 from pipeline.statistics import ColumnSquares, Statistic, relative_error
@@ -52,7 +52,7 @@ class Besa(BlockStep):
     """Passes over the calibration sequences."""
 
     batch: int = Field(default=1, ge=1)
-    """Sequences per update."""
+    """Sequences per update, of each replica."""
 
     penalty: float = Field(default=5.0, gt=0)
     """Weight of the squared relative distance from the target sparsity."""
@@ -78,10 +78,10 @@ class Besa(BlockStep):
         rows = [self._learnable(block, name, sparsity) for name in block.weights]
         optimizer = Prodigy([r.theta_GP for r in rows], d0=self.first_step, d_coef=self.growth)
         for epoch in range(self.epochs):
-            for start in range(0, block.num_sequences, self.batch):
-                sequences = slice(start, min(start + self.batch, block.num_sequences))
+            for mini_batch in block.mini_batches(self.batch):
                 optimizer.zero_grad()
-                figures = self._accumulate(rows, block, sequences, sparsity.ratio)
+                figures = self._accumulate(rows, block, mini_batch, sparsity.ratio)
+                block.sum([r.gradient() for r in rows])
                 optimizer.step()
                 report({"epoch": epoch, **figures})
         return masks_within_budget(rows, sparsity)
@@ -103,14 +103,20 @@ class Besa(BlockStep):
         )
 
     def _accumulate(
-        self, rows: list["LearnableRows"], block: BlockView, sequences: slice, target: float
+        self, rows: list["LearnableRows"], block: BlockView, mini_batch: MiniBatch, target: float
     ) -> Mapping[str, float]:
-        """Add the gradient of one mini-batch's loss to the logits; return the figures of the step."""
+        """Add the gradient of one mini-batch's loss to the parameters; return the figures of the step.
+
+        Summed over replicas, the losses are the errors' weighted mean, and the penalty once.
+        """
         shares_of = [r.shares() for r in rows]
         weights = {r.name: r.masked_weight(share) for r, share in zip(rows, shares_of, strict=True)}
         expected = block_sparsity(rows, shares_of)
-        error = relative_error(block.output(weights, sequences), block.target(sequences))
-        loss = error + self.penalty * ((expected - target) / target) ** 2
+        error = torch.zeros_like(expected)
+        if mini_batch.weight > 0:
+            error = relative_error(block.output(weights, mini_batch.here), block.target(mini_batch.here))
+        distance = ((expected - target) / target) ** 2
+        loss = mini_batch.weight * error + self.penalty / block.num_replicas * distance
         torch.autograd.backward(loss)
         figures = {"error": error.item(), "sparsity": expected.item()}
         if not torch.isfinite(loss):
@@ -136,6 +142,11 @@ class LearnableRows:
     def shares(self) -> torch.Tensor:
         """Return each group's distribution over candidate sparsities, float32 [G, P]."""
         return shares(self.theta_GP, self.tilt_P, self.reach)
+
+    def gradient(self) -> torch.Tensor:
+        """Return the gradient of the parameters, once there is one."""
+        assert self.theta_GP.grad is not None
+        return self.theta_GP.grad
 
     def alphas(self, share_GP: torch.Tensor) -> torch.Tensor:
         """Return the sparsity of each group, float32 [G]."""

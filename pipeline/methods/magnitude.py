@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 import torch
 
 from pipeline.methods.step import LinearStep, PrunedLinear, Solver
-from pipeline.sparsity import Sparsity, keep_by_matrix, keep_by_row
+from pipeline.sparsity import SemiStructured, Sparsity, keep_by_matrix, keep_by_row
 from pipeline.statistics import Statistic
 
 
@@ -16,6 +16,10 @@ class Magnitude(LinearStep):
 
     scope: Literal["matrix", "row"] = "matrix"
     """Where weights compete. N:M patterns always compete within their group."""
+
+    def rows_alone(self, sparsity: Sparsity) -> bool:
+        """Weights compete within their row, or their group in it, unless the scope is the matrix."""
+        return self.scope == "row" or isinstance(sparsity, SemiStructured)
 
     def solver(self, statistic: Statistic | None) -> Solver:
         """Return the function that prunes one linear."""

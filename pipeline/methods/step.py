@@ -7,7 +7,7 @@ Shapes: O = out features, D = in features, B = sequences, T = tokens.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -57,17 +57,38 @@ class Step(BaseModel):
 class LinearStep(Step, ABC):
     """Prunes one linear at a time."""
 
+    def rows_alone(self, sparsity: Sparsity) -> bool:
+        """Tell whether each row is pruned without regard to the others, so that replicas may share them out."""
+        return False
+
     @abstractmethod
     def solver(self, statistic: Statistic | None) -> Solver:
         """Prepare once what all linears with this input share; the result then prunes each of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MiniBatch:
+    """What one update of a block step sees: sequences of all replicas, of which some are here."""
+
+    here: slice
+    """Sequences at hand; none, where other replicas have more of them than this one."""
+
+    weight: float
+    """Their part of all sequences of the update."""
 
 
 class BlockView(Protocol):
     """A dense block, its streams and statistics, as a block step sees them. The weights are never changed."""
 
     @property
-    def num_sequences(self) -> int:
-        """Calibration sequences at hand."""
+    def num_replicas(self) -> int:
+        """Replicas that work on this block, each with its own part of the sequences."""
+
+    def mini_batches(self, size: int) -> list[MiniBatch]:
+        """Return the updates of one pass over the calibration: `size` sequences of every replica in each."""
+
+    def sum(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replace tensors (gradients), in place, by their sums over all replicas."""
 
     @property
     def weights(self) -> Mapping[str, torch.Tensor]:

@@ -29,6 +29,10 @@ class Wanda(LinearStep):
 
     statistic: ClassVar[type[Statistic] | None] = ColumnSquares
 
+    def rows_alone(self, sparsity: Sparsity) -> bool:
+        """Weights compete within their row only."""
+        return True
+
     def solver(self, statistic: Statistic | None) -> Solver:
         """Return the function that prunes one linear; input norms are shared by all linears of one input."""
         assert isinstance(statistic, ColumnSquares)

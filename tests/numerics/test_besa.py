@@ -1,6 +1,6 @@
 """BESA on a small block: it learns where to prune, meets the budget to the weight, and touches nothing else."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Literal
 
@@ -11,7 +11,7 @@ from prodigyopt import Prodigy
 from pipeline.errors import NumericsError
 from pipeline.methods.besa import Besa, LearnableRows, block_sparsity
 from pipeline.methods.row_sparsity import shares, tilt_towards
-from pipeline.methods.step import PrunedLinear
+from pipeline.methods.step import MiniBatch, PrunedLinear
 from pipeline.sparsity import Unstructured, row_ranks
 from pipeline.statistics import ColumnSquares, Statistic
 from tests import reference
@@ -44,11 +44,19 @@ class MlpBlock:
             "down": 0.3 * normal(40, 80, seed=3),
         }
         self.num_sequences = len(self.hidden_BTD)
+        self.num_replicas = 1
         self._inputs = {"up": self.hidden_BTD, "down": self._hidden_units(self.weights, self.hidden_BTD)}
 
     @staticmethod
     def _hidden_units(weights: Weights, hidden_BTD: torch.Tensor) -> torch.Tensor:
         return (hidden_BTD @ weights["up"].T).relu()
+
+    def mini_batches(self, size: int) -> list[MiniBatch]:
+        starts = range(0, self.num_sequences, size)
+        return [MiniBatch(here=slice(start, min(start + size, self.num_sequences)), weight=1.0) for start in starts]
+
+    def sum(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Nobody else has sequences."""
 
     def inputs(self, name: str) -> torch.Tensor:
         return self._inputs[name].flatten(0, 1)

@@ -183,7 +183,7 @@ def test_a_configuration_cannot_be_changed() -> None:
 @pytest.mark.parametrize(
     ("sections", "expected"),
     [
-        ({"colour": 1}, "colour: unknown key; known keys: model, output, calibration, prune, compute, evaluate"),
+        ({"fruit": 1}, "fruit: unknown key; known keys: model, output, calibration, prune, compute, evaluate, cluster"),
         ({"prun": {}}, "prun: unknown key; did you mean 'prune'?"),
         ({"model": {"pth": "x", "hub": "a/b"}}, "model.pth: unknown key; did you mean 'path'?"),
         ({"calibration": {"sequence": 3}}, "calibration.sequence: unknown key; did you mean 'sequences'?"),

@@ -1,0 +1,90 @@
+"""A pruned block as it is stored: its matrices rounded to the stored dtype, put into the block, and written.
+
+What runs on is what was written: a resumed run, which reads the shard back, sees the same bits.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from pipeline.errors import RunDirectoryError
+from pipeline.ledger import Commit, LinearRecord
+from pipeline.linears import Linear
+from pipeline.methods.step import PrunedLinear
+from pipeline.shards import OutputTensor, WrittenShard, hash_file, tensor_chunks, write_shard
+from pipeline.skeleton import Skeleton
+
+INTEGERS = {2: torch.int16, 4: torch.int32}
+"""Integer dtype of the same size as a stored float."""
+
+Records = dict[str, LinearRecord]
+
+
+def write_block(
+    skeleton: Skeleton, index: int, linears: Sequence[Linear], pruned: Mapping[str, PrunedLinear], path: Path
+) -> tuple[Records, WrittenShard]:
+    """Write the block's shard, one tensor in memory at a time, and put what was written into the block."""
+    checkpoint = skeleton.checkpoint
+    by_parameter = {linear.parameter: linear for linear in linears}
+    records: Records = {}
+    outputs = []
+    for own, stored in skeleton.block_names(index).items():
+        linear, entry = by_parameter.get(own), checkpoint.tensors[stored]
+        if linear is None:
+            chunks = partial(checkpoint.chunks, stored)
+        else:
+            chunks = partial(_pruned_chunks, skeleton, index, stored, linear, pruned[linear.name], records)
+        outputs.append(OutputTensor(name=stored, dtype=entry.dtype, shape=entry.shape, chunks=chunks))
+    return records, write_shard(path, outputs)
+
+
+def round_block(skeleton: Skeleton, index: int, linears: Sequence[Linear], pruned: Mapping[str, PrunedLinear]) -> None:
+    """Put into the block what another replica of this stage writes."""
+    names = skeleton.block_names(index)
+    for linear in linears:
+        _put_pruned(skeleton, index, names[linear.parameter], linear, pruned[linear.name])
+
+
+def require_committed(path: Path, commit: Commit) -> None:
+    """Raise RunDirectoryError unless the shard on disk is the one that was committed."""
+    found = hash_file(path) if path.exists() else "no file"
+    if found != commit.sha256:
+        raise RunDirectoryError(
+            f"{path} is not the shard that block {commit.block} committed (sha256 {commit.sha256[:12]}…, found "
+            f"{found[:12]}): it was changed or removed afterwards. Restore it, or start in a new output directory"
+        )
+
+
+def _pruned_chunks(
+    skeleton: Skeleton, index: int, stored: str, linear: Linear, pruned: PrunedLinear, records: Records
+) -> Iterator[memoryview]:
+    """Yield the bytes of one pruned tensor, having put it into the block and recorded its counts."""
+    tensor = _put_pruned(skeleton, index, stored, linear, pruned)
+    num_kept = int(pruned.keep_OD.count_nonzero())
+    records[linear.name] = LinearRecord(
+        pruned=pruned.keep_OD.numel() - num_kept,
+        zeros=tensor.numel() - int(tensor.count_nonzero()),
+        numel=tensor.numel(),
+        rewritten=pruned.weight_OD is not None,
+        notes=pruned.notes,
+    )
+    yield from tensor_chunks(tensor)
+
+
+def _put_pruned(skeleton: Skeleton, index: int, stored: str, linear: Linear, pruned: PrunedLinear) -> torch.Tensor:
+    """Make one pruned tensor in its stored dtype, put it into the block, and return it, on the CPU.
+
+    Weights that were only masked are taken from the source again, so that kept ones stay as they are to the bit,
+    whatever the compute dtype.
+    """
+    keep, checkpoint = linear.to_stored(pruned.keep_OD).cpu(), skeleton.checkpoint
+    if pruned.weight_OD is None:
+        tensor = checkpoint.read(stored)
+    else:
+        tensor = linear.to_stored(pruned.weight_OD).to("cpu", checkpoint.tensors[stored].dtype).contiguous()
+    # As integers: pruned weights become +0, never -0, and it is several times faster than masked_fill_.
+    tensor.view(INTEGERS[tensor.dtype.itemsize]).mul_(keep)
+    skeleton.blocks[index].get_parameter(linear.parameter).data.copy_(tensor)
+    return tensor

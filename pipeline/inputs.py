@@ -1,0 +1,82 @@
+"""Where the hidden states come from that a stage starts on: the embedding, and dense blocks run over them."""
+
+from collections.abc import Sequence
+
+import torch
+
+from pipeline.activations import Boundary, Outlet, batches
+from pipeline.devices import free_bytes
+from pipeline.skeleton import Skeleton
+from pipeline.stream import Stream
+
+STREAMED_ROUNDS = 4
+"""How often a stage reads its weights for the dense pass when it cannot hold all of them: once a round."""
+
+
+@torch.no_grad()
+def embed_tokens(skeleton: Skeleton, tokens_NT: torch.Tensor, batch: int) -> Boundary:
+    """Return boundary 0: the calibration sequences as they enter the first block."""
+    stream = Stream(skeleton, skeleton.checkpoint)
+    boundary = Boundary((len(tokens_NT), tokens_NT.shape[1], stream.num_features), skeleton.dtype)
+    with stream.outside_weights():
+        for sequences in boundary.batches(batch):
+            boundary.write(sequences, stream.embed(tokens_NT[sequences]), "the embedding")
+    return boundary
+
+
+@torch.no_grad()
+def run_dense_blocks(skeleton: Skeleton, boundary: Boundary, blocks: range, batch: int) -> None:
+    """Advance a boundary over dense blocks, one block in memory at a time."""
+    stream = Stream(skeleton, skeleton.checkpoint)
+    for index in blocks:
+        skeleton.load_block(index, skeleton.checkpoint)
+        for sequences in boundary.batches(batch):
+            output = stream.run_block(index, boundary.read(sequences, skeleton.device))
+            boundary.write(sequences, output, f"dense block {index}")
+        skeleton.release_block(index)
+
+
+@torch.no_grad()
+def pass_dense_stream(skeleton: Skeleton, boundary: Boundary, blocks: range, batch: int, outlet: Outlet) -> None:
+    """Run the dense blocks of a stage on its input, batch by batch, and hand the outputs on; the input stays.
+
+    The weights of all its blocks are held meanwhile, where they fit, so that a batch goes through all of them as
+    soon as it has arrived. Where they do not, the sequences go in rounds, each of which reads the weights anew.
+    """
+    stream = Stream(skeleton, skeleton.checkpoint)
+    resident = can_hold(skeleton, blocks)
+    num_rounds = 1 if resident else STREAMED_ROUNDS
+    size = batch if resident else -(-boundary.num_sequences // (num_rounds * batch)) * batch
+    for sequences in batches(boundary.num_sequences, size):
+        parts = _parts(sequences, batch)
+        hidden = [boundary.read(part, skeleton.device) for part in parts]
+        for index in blocks:
+            if _is_empty(skeleton, index):
+                skeleton.load_block(index, skeleton.checkpoint)
+            hidden = [stream.run_block(index, hidden_BTD) for hidden_BTD in hidden]
+            if not resident:
+                skeleton.release_block(index)
+        for part, hidden_BTD in zip(parts, hidden, strict=True):
+            outlet.send("dense", part, hidden_BTD)
+    if resident:
+        for index in blocks:
+            skeleton.release_block(index)
+
+
+def can_hold(skeleton: Skeleton, blocks: Sequence[int]) -> bool:
+    """Tell whether the weights of these blocks take at most half of the memory that is free where they run."""
+    tensors = skeleton.checkpoint.tensors
+    names = [name for index in blocks for name in skeleton.block_names(index).values()]
+    numel = sum(torch.Size(tensors[name].shape).numel() for name in names)
+    return 2 * numel * skeleton.dtype.itemsize <= free_bytes(skeleton.device)
+
+
+def _parts(sequences: slice, batch: int) -> list[slice]:
+    return [
+        slice(sequences.start + part.start, sequences.start + part.stop)
+        for part in batches(sequences.stop - sequences.start, batch)
+    ]
+
+
+def _is_empty(skeleton: Skeleton, index: int) -> bool:
+    return any(parameter.is_meta for parameter in skeleton.blocks[index].parameters())

@@ -1,0 +1,192 @@
+"""What a job holds open while it runs, however its blocks are spread: source, calibration, ledger; and its end."""
+
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import yaml
+from pydantic import JsonValue
+
+from pipeline.assemble import assemble
+from pipeline.calibration import CalibrationSet, load_calibration, require_positions
+from pipeline.checkpoint import Checkpoint
+from pipeline.config import RunConfig, resolved
+from pipeline.devices import choose_device, choose_dtype
+from pipeline.errors import RunStopped
+from pipeline.evaluate import evaluate, load_windows
+from pipeline.hub import fetch_model
+from pipeline.ledger import Header, Ledger
+from pipeline.progress import Progress, StopAsked
+from pipeline.report import REPORT, Report, build_report
+from pipeline.shards import remove_leftovers, write_atomically
+from pipeline.skeleton import Skeleton
+from pipeline.sources import describe
+from pipeline.sparsity import SemiStructured
+from pipeline.transaction import Order
+
+Scheme = Mapping[str, JsonValue]
+"""What of the way blocks and sequences are spread determines the bytes; empty where it is as in one process."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """The model to prune, and what it is calibrated on."""
+
+    config: RunConfig
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+    calibration: CalibrationSet
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A source with the ledger of its run."""
+
+    source: Source
+    ledger: Ledger
+    model_directory: Path
+    progress: Progress
+    stop_asked: StopAsked
+
+    @property
+    def config(self) -> RunConfig:
+        """The run's settings."""
+        return self.source.config
+
+    @property
+    def skeleton(self) -> Skeleton:
+        """The source model without its weights."""
+        return self.source.skeleton
+
+    def stop_if_asked(self) -> None:
+        """Raise RunStopped, between blocks, when a stop was asked for."""
+        if self.stop_asked():
+            raise RunStopped(
+                f"stopped as asked: {len(self.ledger.commits)} of {self.skeleton.num_blocks} blocks are committed in "
+                f"{self.config.output}. Go on with: secateur run {self.config.output}"
+            )
+
+
+@contextmanager
+def open_source(config: RunConfig, device: torch.device | None = None) -> Iterator[Source]:
+    """Open the model and load the calibration tokens; blocks run on `device`, or on the one that is configured."""
+    directory = model_directory_of(config)
+    if config.compute.threads is not None:
+        torch.set_num_threads(config.compute.threads)
+    with closing(Checkpoint.open(directory)) as checkpoint:
+        device = device or choose_device(config.compute.device)
+        skeleton = Skeleton(checkpoint, device, choose_dtype(config.compute.dtype, device, checkpoint.matrix_dtype()))
+        require_positions(config.calibration.tokens, skeleton.num_positions, "calibration.tokens")
+        calibration = load_calibration(config.calibration, directory, skeleton.vocab_size)
+        yield Source(config=config, checkpoint=checkpoint, skeleton=skeleton, calibration=calibration)
+
+
+def open_job(source: Source, progress: Progress, stop_asked: StopAsked, scheme: Scheme | None = None) -> Job:
+    """Open or begin the ledger of a source's run; the caller holds the run directory's lock."""
+    config = source.config
+    ledger = Ledger.open(config.output, header_of(source, scheme or {}))
+    write_atomically(config.output / "config.yaml", yaml.safe_dump(resolved(config), sort_keys=False).encode())
+    model_directory = config.output / "model"
+    model_directory.mkdir(exist_ok=True)
+    for written_to in (config.output, model_directory, config.output / "report"):
+        remove_leftovers(written_to)
+    return Job(source=source, ledger=ledger, model_directory=model_directory, progress=progress, stop_asked=stop_asked)
+
+
+def finish(job: Job) -> Report:
+    """Make the model directory of a job whose blocks are all committed, evaluate it, and write the report."""
+    assemble(job.skeleton, job.ledger, job.model_directory, provenance(job))
+    evaluate_job(job, "after")
+    report = build_report(job.ledger, job.skeleton.num_blocks, job.skeleton.device)
+    write_report(job, REPORT, json.dumps(report.as_json(), indent=2).encode() + b"\n")
+    return report
+
+
+def write_report(job: Job, name: str, content: bytes) -> None:
+    """Write one file of the run directory's report."""
+    directory = job.config.output / "report"
+    directory.mkdir(exist_ok=True)
+    write_atomically(directory / name, content)
+
+
+def model_directory_of(config: RunConfig) -> Path:
+    """Return the directory of the model to prune, fetching it from the hub if asked."""
+    if config.model.path is not None:
+        return config.model.path
+    assert config.model.hub is not None
+    return fetch_model(config.model.hub, config.model.revision)
+
+
+def order_of(config: RunConfig) -> Order:
+    """Return what a configuration asks of every block."""
+    prune = config.prune
+    return Order(recipe=prune.steps, sparsity=prune.target, skip=prune.skip, batch=config.compute.batch)
+
+
+def header_of(source: Source, scheme: Scheme) -> Header:
+    """Return what determines the output's bytes: a resumed run must agree with it."""
+    target, skeleton, config = source.config.prune.target, source.skeleton, source.config
+    prune: dict[str, JsonValue] = {
+        "sparsity": str(target) if isinstance(target, SemiStructured) else target.ratio,
+        "recipe": config.prune.steps.as_data(),
+        "skip": list(config.prune.skip),
+    }
+    compute: dict[str, JsonValue] = {
+        "device": skeleton.device.type,
+        "dtype": str(skeleton.dtype).removeprefix("torch."),
+        "batch": config.compute.batch,
+        **({} if config.compute.threads is None else {"threads": config.compute.threads}),
+    }
+    return Header(
+        config={"prune": prune, "compute": compute, **scheme},
+        source=skeleton.checkpoint.fingerprint(),
+        calibration=source.calibration.sha256,
+        versions={
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("secateur", "torch", "transformers")},
+        },
+    )
+
+
+def provenance(job: Job) -> dict[str, JsonValue]:
+    """Return what the model directory says about how it was made; it names no path, for it may be published."""
+    commits = job.ledger.commits.values()
+    linears = [record for commit in commits for record in commit.linears.values()]
+    calibration = job.source.calibration
+    return {
+        "tool": f"secateur {version('secateur')}",
+        "settings": job.ledger.header.config,
+        "calibration": {"shape": list(calibration.tokens_NT.shape), "sha256": calibration.sha256},
+        "source_sha256": job.ledger.header.source,
+        "pruned_weights": sum(record.pruned for record in linears),
+        "prunable_weights": sum(record.numel for record in linears),
+    }
+
+
+def evaluate_job(job: Job, when: str) -> None:
+    """Record the perplexity of the source (`before`) or of the output (`after`), where asked and not known yet."""
+    wanted, name = job.config.evaluate, f"perplexity.{when}"
+    if wanted is None:
+        return
+    source_directory = job.source.checkpoint.directory
+    windows_WL = load_windows(wanted, source_directory)
+    text: JsonValue = {
+        "text": describe(wanted.source),
+        "windows": list(windows_WL.shape),
+        "take": wanted.take,
+    }
+    known = job.ledger.notes.get(name)
+    if isinstance(known, dict) and known["on"] == text:
+        return
+    directory = source_directory if when == "before" else job.model_directory
+    with closing(Checkpoint.open(directory)) as checkpoint:
+        skeleton = Skeleton(checkpoint, job.skeleton.device, job.skeleton.dtype)
+        task = f"evaluate {when}"
+        perplexity = evaluate(skeleton, windows_WL, job.config.compute.batch, job.progress, task, job.stop_if_asked)
+    job.ledger.record(name, {"perplexity": perplexity, "on": text})
+    job.progress.say(f"perplexity {when}: {perplexity:.2f}")
