@@ -78,6 +78,11 @@ class ArrivingBoundary(Boundary):
                 self._missing -= wanted
                 self._arrived.notify_all()
 
+    def wait(self) -> None:
+        """Return once every sequence has arrived."""
+        with self._arrived:
+            self._arrived.wait_for(lambda: not self._missing)
+
     def read(self, sequences: slice, device: torch.device) -> torch.Tensor:
         """Return hidden_BTD of some sequences on a device, once they are there."""
         if self._missing:

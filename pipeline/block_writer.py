@@ -9,11 +9,10 @@ from pathlib import Path
 
 import torch
 
-from pipeline.errors import RunDirectoryError
-from pipeline.ledger import Commit, LinearRecord
+from pipeline.ledger import LinearRecord
 from pipeline.linears import Linear
 from pipeline.methods.step import PrunedLinear
-from pipeline.shards import OutputTensor, WrittenShard, hash_file, tensor_chunks, write_shard
+from pipeline.shards import OutputTensor, WrittenShard, tensor_chunks, write_shard
 from pipeline.skeleton import Skeleton
 
 INTEGERS = {2: torch.int16, 4: torch.int32}
@@ -45,16 +44,6 @@ def round_block(skeleton: Skeleton, index: int, linears: Sequence[Linear], prune
     names = skeleton.block_names(index)
     for linear in linears:
         _put_pruned(skeleton, index, names[linear.parameter], linear, pruned[linear.name])
-
-
-def require_committed(path: Path, commit: Commit) -> None:
-    """Raise RunDirectoryError unless the shard on disk is the one that was committed."""
-    found = hash_file(path) if path.exists() else "no file"
-    if found != commit.sha256:
-        raise RunDirectoryError(
-            f"{path} is not the shard that block {commit.block} committed (sha256 {commit.sha256[:12]}…, found "
-            f"{found[:12]}): it was changed or removed afterwards. Restore it, or start in a new output directory"
-        )
 
 
 def _pruned_chunks(

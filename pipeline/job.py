@@ -41,6 +41,8 @@ class Source:
     checkpoint: Checkpoint
     skeleton: Skeleton
     calibration: CalibrationSet
+    device_type: str
+    """What the blocks run on: `cpu`, `cuda`, …; on a cluster that of the workers, not of this process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,17 +75,21 @@ class Job:
 
 
 @contextmanager
-def open_source(config: RunConfig, device: torch.device | None = None) -> Iterator[Source]:
-    """Open the model and load the calibration tokens; blocks run on `device`, or on the one that is configured."""
+def open_source(config: RunConfig, device_type: str | None = None) -> Iterator[Source]:
+    """Open the model and load the calibration tokens; blocks run here, or on workers with devices of this type."""
     directory = model_directory_of(config)
     if config.compute.threads is not None:
         torch.set_num_threads(config.compute.threads)
     with closing(Checkpoint.open(directory)) as checkpoint:
-        device = device or choose_device(config.compute.device)
-        skeleton = Skeleton(checkpoint, device, choose_dtype(config.compute.dtype, device, checkpoint.matrix_dtype()))
+        device = choose_device(config.compute.device if device_type is None else "auto")
+        device_type = device_type or device.type
+        dtype = choose_dtype(config.compute.dtype, torch.device(device_type), checkpoint.matrix_dtype())
+        skeleton = Skeleton(checkpoint, device, dtype)
         require_positions(config.calibration.tokens, skeleton.num_positions, "calibration.tokens")
         calibration = load_calibration(config.calibration, directory, skeleton.vocab_size)
-        yield Source(config=config, checkpoint=checkpoint, skeleton=skeleton, calibration=calibration)
+        yield Source(
+            config=config, checkpoint=checkpoint, skeleton=skeleton, calibration=calibration, device_type=device_type
+        )
 
 
 def open_job(source: Source, progress: Progress, stop_asked: StopAsked, scheme: Scheme | None = None) -> Job:
@@ -137,7 +143,7 @@ def header_of(source: Source, scheme: Scheme) -> Header:
         "skip": list(config.prune.skip),
     }
     compute: dict[str, JsonValue] = {
-        "device": skeleton.device.type,
+        "device": source.device_type,
         "dtype": str(skeleton.dtype).removeprefix("torch."),
         "batch": config.compute.batch,
         **({} if config.compute.threads is None else {"threads": config.compute.threads}),

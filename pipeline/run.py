@@ -11,6 +11,7 @@ from pipeline.meter import Stopwatch, human_seconds
 from pipeline.peers import Alone
 from pipeline.progress import Progress, StopAsked
 from pipeline.report import Report
+from pipeline.shelf import ModelDirectory
 from pipeline.stage import run_stage
 from pipeline.transaction import Streams, Transaction
 
@@ -39,7 +40,7 @@ def prune_blocks(job: Job) -> None:
     first = embed_tokens(job.skeleton, job.source.calibration.tokens_NT, order.batch)
     dense = Boundary.copy_of(first) if order.recipe.needs_dense_stream else None
     streams = Streams(pruned=first, dense=dense)
-    transaction = Transaction(job.skeleton, order, streams, job.model_directory, job.progress, Alone())
+    transaction = Transaction(job.skeleton, order, streams, ModelDirectory(job.model_directory), job.progress, Alone())
     book = LedgerBook(job, num_committed=remaining.start)
     book.begin()
     run_stage(transaction, range(num_blocks), dict(job.ledger.commits), book)

@@ -13,13 +13,12 @@ them, solving is shared, and the first one writes.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from pipeline.activations import Boundary, Outlet, batches, require_finite
-from pipeline.block_writer import require_committed, round_block, write_block
+from pipeline.block_writer import round_block, write_block
 from pipeline.errors import ConfigError, NumericsError
 from pipeline.ledger import Commit
 from pipeline.linears import Collector, Linear, find_linears
@@ -29,6 +28,7 @@ from pipeline.progress import Progress
 from pipeline.recipe import Recipe
 from pipeline.shard_names import block_shard
 from pipeline.shards import ShardReader
+from pipeline.shelf import Shelf
 from pipeline.skeleton import Skeleton
 from pipeline.sparsity import SemiStructured, Sparsity, divides
 from pipeline.statistics import relative_error
@@ -65,14 +65,14 @@ class Transaction:
         skeleton: Skeleton,
         order: Order,
         streams: Streams,
-        model_directory: Path,
+        shelf: Shelf,
         progress: Progress,
         peers: Peers,
     ) -> None:
         self._skeleton = skeleton
         self._order = order
         self._streams = streams
-        self._directory = model_directory
+        self._shelf = shelf
         self._progress = progress
         self._peers = peers
         self._stream = Stream(skeleton, skeleton.checkpoint)
@@ -99,7 +99,7 @@ class Transaction:
             if self._peers.rank > 0:
                 round_block(self._skeleton, index, linears, pruned)
                 return None, watch
-            path = self._directory / block_shard(index, self._skeleton.num_blocks)
+            path = self._shelf.directory / block_shard(index, self._skeleton.num_blocks)
             records, shard = write_block(self._skeleton, index, linears, pruned, path)
             error = self._error(index, targets)
         commit = Commit(
@@ -124,12 +124,10 @@ class Transaction:
         Raises RunDirectoryError when its shard is not the one that was committed.
         """
         self._progress.phase(index, "replay")
-        path = self._directory / commit.file
-        require_committed(path, commit)
         if self._streams.dense is not None:
             self._skeleton.load_block(index, self._skeleton.checkpoint)
             self._run_all(index, self._streams.dense, f"dense block {index}")
-        with ShardReader(path) as shard:
+        with self._shelf.take_out(commit) as path, ShardReader(path) as shard:
             self._skeleton.load_block(index, shard)
         self._run_all(index, self._streams.pruned, f"pruned block {index}", outlet)
         self.drop(index)

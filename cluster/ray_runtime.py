@@ -1,0 +1,223 @@
+"""Runs the stages of a job as Ray actors: resources, beginnings, events, ends. Decides nothing.
+
+Each stage has one placement group with a bundle a replica, so that its replicas begin together or not at all. Actors
+are never restarted by Ray: a stage that has lost one is ended as a whole, and the coordinator starts it again.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import ActorUnavailableError, RayActorError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.actors import THREADS, Ended, Here, Place, Said, StageActor
+from cluster.messages import Assignment, Event, Failed, Failure, Finished, Placed, Received
+from cluster.worker import Brief
+
+LONGEST_POLL = 5.0
+"""Seconds that an actor waits for an event before it answers that there was none."""
+
+PLACEMENT_POLL = 0.1
+"""Seconds between looks whether a stage has got its resources."""
+
+GATHERING = 1.0
+"""Seconds in which the failures of a stage's replicas are gathered before it is ended and they are told together."""
+
+
+@dataclass(slots=True)
+class _Running:
+    """One stage, from its request for resources to its end."""
+
+    assignment: Assignment
+    placement: PlacementGroup
+    actors: list[ActorHandle[Any]] = field(default_factory=list)
+    polls: dict[ray.ObjectRef[list[Event]], int] = field(default_factory=dict)
+    """The outstanding question for events of each replica."""
+
+    nodes: dict[int, str] = field(default_factory=dict)
+    received: int = 0
+    ended: set[int] = field(default_factory=set)
+    failures: dict[int, Failure] = field(default_factory=dict)
+    failing_since: float = 0.0
+
+
+class RayRuntime:
+    """The `Runtime` of a real cluster; `ray.init` has been called."""
+
+    def __init__(
+        self,
+        briefs: Callable[[int], list[Brief]],
+        place: Place,
+        bundle: Mapping[str, float],
+        depot: ActorHandle[Any] | None,
+        say: Callable[[str], None],
+    ) -> None:
+        """`briefs` gives the briefs of a stage's replicas; `bundle` is what each worker takes (CPU, GPU)."""
+        self._briefs, self._place, self._bundle, self._depot, self._say = briefs, place, dict(bundle), depot, say
+        self._stages: dict[int, _Running] = {}
+
+    def now(self) -> float:
+        """Return seconds on a clock that never goes back."""
+        return time.monotonic()
+
+    def start(self, assignment: Assignment) -> None:
+        """Ask for the resources of a stage; it begins as soon as they are there."""
+        assert assignment.stage not in self._stages, f"stage {assignment.stage} is running"
+        bundles = [self._bundle] * self._place.num_replicas
+        self._stages[assignment.stage] = _Running(assignment, placement_group(bundles, strategy="PACK"))
+
+    def release(self, stage: int) -> None:
+        """End a stage; the one before it drops what it would send."""
+        self._end(stage)
+        if stage - 1 in self._stages:
+            self._connect(self._stages[stage - 1], [None] * self._place.num_replicas)
+
+    def acknowledge(self, stage: int, attempt: int, block: int, go_on: bool) -> None:
+        """Tell a stage that its commit is durable."""
+        running = self._stages.get(stage)
+        if running is not None and running.assignment.attempt == attempt and running.actors:
+            running.actors[0].acknowledge.remote(block, go_on)
+
+    def poll(self, seconds: float) -> list[Event]:
+        """Return what has happened, waiting at most so long for something to happen."""
+        until = time.monotonic() + seconds
+        while True:
+            events = self._begin_placed() + self._gathered()
+            left = 0.0 if events else until - time.monotonic()
+            events += self._answered(left)
+            if events or time.monotonic() >= until:
+                return events
+
+    def _begin_placed(self) -> list[Event]:
+        """Make the actors of every stage whose resources are there, and set them to work."""
+        for running in list(self._stages.values()):
+            if not running.actors and running.placement.wait(0):
+                self._begin(running)
+        return []
+
+    def _begin(self, running: _Running) -> None:
+        assignment = running.assignment
+        running.actors = [self._make(running, brief) for brief in self._briefs(assignment.stage)]
+        address = running.actors[0].address.remote() if len(running.actors) > 1 else None
+        below, above = self._stages.get(assignment.stage + 1), self._stages.get(assignment.stage - 1)
+        if below is not None and below.actors:
+            self._connect(running, below.actors)
+        elif below is None:
+            self._connect(running, [None] * len(running.actors))
+        if above is not None:
+            self._connect(above, running.actors)
+        for replica, actor in enumerate(running.actors):
+            actor.run.remote(assignment, address)
+            self._ask(running, replica)
+
+    def _make(self, running: _Running, brief: Brief) -> ActorHandle[Any]:
+        strategy = PlacementGroupSchedulingStrategy(running.placement, placement_group_bundle_index=brief.replica)
+        actor_class = ray.remote(
+            num_cpus=self._bundle.get("CPU", 0), num_gpus=self._bundle.get("GPU", 0), concurrency_groups=THREADS
+        )(StageActor)
+        options: dict[str, Any] = {"enable_tensor_transport": True} if self._place.transport == "direct" else {}
+        handle: ActorHandle[Any] = actor_class.options(  # type: ignore[attr-defined]
+            name=f"stage-{brief.stage}-replica-{brief.replica}-attempt-{running.assignment.attempt}",
+            scheduling_strategy=strategy,
+            max_restarts=0,
+            **options,
+        ).remote(brief, self._place, self._depot)
+        return handle
+
+    def _connect(self, sender: _Running, receivers: Iterable[ActorHandle[Any] | None]) -> None:
+        for actor, receiver in zip(sender.actors, receivers, strict=False):
+            actor.connect.remote(receiver)
+
+    def _ask(self, running: _Running, replica: int) -> None:
+        running.polls[running.actors[replica].events.remote(LONGEST_POLL)] = replica
+
+    def _answered(self, seconds: float) -> list[Event]:
+        """Wait for answers to the outstanding questions, take all that have come, and ask again."""
+        asked = {ref: running for running in self._stages.values() for ref in running.polls}
+        placing = any(not running.actors for running in self._stages.values())
+        failing = any(running.failures for running in self._stages.values())
+        seconds = min(seconds, PLACEMENT_POLL) if placing or failing else seconds
+        if not asked:
+            time.sleep(max(0.0, seconds))
+            return []
+        ready, _ = ray.wait(list(asked), num_returns=1, timeout=max(0.0, seconds))
+        more, _ = ray.wait(list(asked), num_returns=len(asked), timeout=0)
+        events: list[Event] = []
+        for ref in dict.fromkeys(ready + more):
+            events += self._take(asked[ref], ref)
+        return events
+
+    def _take(self, running: _Running, ref: "ray.ObjectRef[list[Event]]") -> list[Event]:
+        replica = running.polls.pop(ref)
+        try:
+            told = ray.get(ref)
+        except ActorUnavailableError:
+            time.sleep(PLACEMENT_POLL)  # out of reach for a moment, or dead: Ray will know
+            self._ask(running, replica)
+            return []
+        except RayActorError as error:
+            self._fail(running, Failure(replica=replica, message=_why_dead(error), fatal=False))
+            return []
+        events = [event for one in told for event in self._translate(running, one)]
+        if replica not in running.ended:
+            self._ask(running, replica)
+        return events
+
+    def _translate(self, running: _Running, event: Event) -> list[Event]:
+        """Turn what one replica tells into what the coordinator hears of the stage."""
+        stage, attempt, size = running.assignment.stage, running.assignment.attempt, len(running.actors)
+        match event:
+            case Here(replica=replica, node=node):
+                running.nodes[replica] = node
+                if len(running.nodes) == size:
+                    return [Placed(stage=stage, attempt=attempt, nodes=tuple(running.nodes[r] for r in range(size)))]
+            case Received():
+                running.received += 1
+                if running.received == size:
+                    return [event]
+            case Said(text=text):
+                self._say(f"stage {stage}: {text}")
+            case Ended(replica=replica, failure=failure):
+                running.ended.add(replica)
+                if failure is not None:
+                    self._fail(running, failure)
+                elif len(running.ended) == size and not running.failures:
+                    self._end(stage)
+                    return [Finished(stage=stage, attempt=attempt)]
+            case _:
+                return [event]
+        return []
+
+    def _fail(self, running: _Running, failure: Failure) -> None:
+        running.failing_since = running.failing_since or time.monotonic()
+        running.failures[failure.replica] = failure
+
+    def _gathered(self) -> list[Event]:
+        """End the stages that have failed, once their replicas' failures are in."""
+        events: list[Event] = []
+        for stage, running in list(self._stages.items()):
+            waited = time.monotonic() - running.failing_since >= GATHERING
+            if running.failures and (waited or len(running.failures) == len(running.actors)):
+                self._end(stage)
+                failures = tuple(running.failures[replica] for replica in sorted(running.failures))
+                events.append(Failed(stage=stage, attempt=running.assignment.attempt, failures=failures))
+        return events
+
+    def _end(self, stage: int) -> None:
+        """Kill the actors of a stage and give its resources back."""
+        running = self._stages.pop(stage)
+        for actor in running.actors:
+            ray.kill(actor)
+        remove_placement_group(running.placement)
+
+
+def _why_dead(error: RayActorError) -> str:
+    """Return the first line of what Ray says about a death that tells its cause."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "cause" in line.lower() or "died" in line.lower() or "exit" in line.lower()]
+    return (telling or lines or ["the worker died"])[-1]

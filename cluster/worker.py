@@ -1,0 +1,183 @@
+"""What one worker does: one replica of one stage, from its input to its last block. Whatever carries it is not known.
+
+input      arrives batch by batch from the stage before, or is rebuilt: embedding, then all blocks before its own
+dense      (handoff `dense`) the stage's dense blocks run on its input, for the stages that follow
+blocks     committed ones are replayed, the others pruned; each commit waits until it is acknowledged
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from threading import Event as Flag
+from time import time
+from typing import Any
+
+import torch
+
+from cluster.messages import Assignment, Committed, Entered, Event, Propagated, Received
+from pipeline.activations import ArrivingBoundary, Boundary, Outlet, StreamName
+from pipeline.checkpoint import Checkpoint
+from pipeline.cluster_config import Handoff
+from pipeline.config import parse_config
+from pipeline.devices import choose_device, choose_dtype
+from pipeline.errors import RunStopped
+from pipeline.inputs import embed_tokens, pass_dense_stream, run_dense_blocks
+from pipeline.job import model_directory_of, order_of
+from pipeline.ledger import Commit
+from pipeline.meter import Stopwatch
+from pipeline.peers import Peers
+from pipeline.progress import Silent
+from pipeline.shelf import Shelf
+from pipeline.skeleton import Skeleton
+from pipeline.stage import run_stage
+from pipeline.stream import Stream
+from pipeline.transaction import Streams, Transaction
+
+Report = Callable[[Event], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Brief:
+    """What a worker is made with."""
+
+    settings: Mapping[str, Any]
+    """The run's configuration as plain data."""
+
+    handoff: Handoff
+    stage: int
+    replica: int
+    tokens_NT: torch.Tensor
+    """The calibration sequences of this replica."""
+
+
+class Worker:
+    """One replica of one stage."""
+
+    def __init__(self, brief: Brief, report: Report) -> None:
+        self._brief, self._report = brief, report
+        self._config = parse_config(dict(brief.settings), "the job's settings")
+        self._order = order_of(self._config)
+        self._arriving: dict[StreamName, ArrivingBoundary] = {}
+        self._ready_to_receive = Flag()
+        self._assignment: Assignment
+
+    def receive(self, stream: StreamName, start: int, hidden_BTD: torch.Tensor) -> None:
+        """Take a batch that begins at sequence `start` from the stage before; ignores what it does not wait for."""
+        self._ready_to_receive.wait()
+        boundary = self._arriving.get(stream)
+        if boundary is None or boundary.complete:
+            return
+        boundary.put(slice(start, start + len(hidden_BTD)), hidden_BTD)
+        if all(b.complete for b in self._arriving.values()):
+            self._report(Received(stage=self._assignment.stage, attempt=self._assignment.attempt))
+
+    def run(
+        self,
+        assignment: Assignment,
+        peers: Peers,
+        outlet: Outlet,
+        shelf: Shelf,
+        deliver: Callable[[Commit], None],
+        acknowledged: Callable[[int], bool],
+    ) -> None:
+        """Do what is assigned; returns when it is done or was told to stop after a commit.
+
+        `deliver` brings a written shard to where the coordinator wants it; `acknowledged` waits until the coordinator
+        has made a commit durable, and says whether to go on.
+        """
+        self._assignment = assignment
+        progress = PhaseReporter(assignment, self._brief.replica, self._report)
+        with closing(Checkpoint.open(model_directory_of(self._config))) as checkpoint:
+            device = choose_device(self._config.compute.device)
+            dtype = choose_dtype(self._config.compute.dtype, device, checkpoint.matrix_dtype())
+            skeleton = Skeleton(checkpoint, device, dtype)
+            dense_handoff = self._brief.handoff == "dense"
+            boundary = self._input(skeleton)
+            if dense_handoff:
+                self._bring_dense(skeleton, boundary, outlet, progress)
+            streams = self._streams(boundary)
+            transaction = Transaction(skeleton, self._order, streams, shelf, progress, peers)
+            if not dense_handoff and assignment.input == "rebuild":
+                for block in range(assignment.start):
+                    transaction.replay(block, assignment.committed[block])
+            book = EventBook(assignment, peers.rank, self._report, deliver, acknowledged)
+            onward = outlet if assignment.forward and not dense_handoff else None
+            try:
+                run_stage(transaction, range(assignment.start, assignment.stop), assignment.committed, book, onward)
+            except RunStopped:
+                return
+
+    def _input(self, skeleton: Skeleton) -> Boundary:
+        """Return the boundary that arrives, or boundary 0; from here on batches are taken, or ignored."""
+        tokens_NT = self._brief.tokens_NT
+        try:
+            if self._assignment.input == "rebuild":
+                return embed_tokens(skeleton, tokens_NT, self._order.batch)
+            shape = (len(tokens_NT), tokens_NT.shape[1], Stream(skeleton, skeleton.checkpoint).num_features)
+            names: list[StreamName] = ["dense"] if self._brief.handoff == "dense" else ["pruned"]
+            if self._brief.handoff == "pruned" and self._order.recipe.needs_dense_stream:
+                names.append("dense")
+            self._arriving = {name: ArrivingBoundary(shape, skeleton.dtype) for name in names}
+            return self._arriving[names[0]]
+        finally:
+            self._ready_to_receive.set()
+
+    def _streams(self, boundary: Boundary) -> Streams:
+        dense: Boundary | None = None
+        if self._order.recipe.needs_dense_stream:
+            arriving = self._arriving.get("dense")
+            dense = Boundary.copy_of(boundary) if arriving is None or arriving is boundary else arriving
+        return Streams(pruned=boundary, dense=dense)
+
+    def _bring_dense(self, skeleton: Skeleton, boundary: Boundary, outlet: Outlet, progress: "PhaseReporter") -> None:
+        """Advance the dense stream to this stage where it did not arrive, and past it where the next one waits."""
+        start, stop = self._assignment.start, self._assignment.stop
+        if self._assignment.input == "rebuild" and start > 0:
+            progress.phase(start, "rebuild")
+            run_dense_blocks(skeleton, boundary, range(start), self._order.batch)
+        progress.phase(start, "dense")
+        if self._assignment.forward:
+            pass_dense_stream(skeleton, boundary, range(start, stop), self._order.batch, outlet)
+        if isinstance(boundary, ArrivingBoundary):
+            boundary.wait()
+
+
+class PhaseReporter(Silent):
+    """Reports each phase that a worker enters."""
+
+    def __init__(self, assignment: Assignment, replica: int, report: Report) -> None:
+        self._assignment, self._replica, self._report = assignment, replica, report
+
+    def phase(self, block: int, name: str) -> None:
+        """Report the phase and the time."""
+        stage, attempt = self._assignment.stage, self._assignment.attempt
+        self._report(Entered(stage=stage, attempt=attempt, replica=self._replica, block=block, phase=name, at=time()))
+
+
+@dataclass(frozen=True, slots=True)
+class EventBook:
+    """Books what a worker has done by reporting it; only the first replica does."""
+
+    assignment: Assignment
+    rank: int
+    report: Report
+    deliver: Callable[[Commit], None]
+    acknowledged: Callable[[int], bool]
+
+    def replayed(self, block: int) -> None:
+        """Say nothing: entering the next phase says it."""
+
+    def commit(self, commit: Commit) -> None:
+        """Report a commit and wait for its acknowledgement; raises RunStopped where that says stop."""
+        self.deliver(commit)
+        self.report(Committed(stage=self.assignment.stage, attempt=self.assignment.attempt, commit=commit))
+        if not self.acknowledged(commit.block):
+            raise RunStopped(f"stage {self.assignment.stage} was told to stop after block {commit.block}")
+
+    def done(self, block: int, watch: Stopwatch) -> None:
+        """Report what propagating took."""
+        seconds = watch.seconds.get("propagate")
+        if self.rank == 0 and seconds is not None:
+            self.report(
+                Propagated(stage=self.assignment.stage, attempt=self.assignment.attempt, block=block, seconds=seconds)
+            )
