@@ -89,13 +89,13 @@ class StageActor:
 
     def address(self) -> str:
         """Return where the replicas of this stage are to meet."""
-        return free_address(get_node_ip_address())
+        return free_address(node_address())
 
     def run(self, assignment: Assignment, address: str | None) -> None:
         """Work; what comes of it is told by events."""
         self._attempt = assignment.attempt
         stage, attempt, replica = assignment.stage, assignment.attempt, self._brief.replica
-        self._events.put(Here(stage=stage, attempt=attempt, replica=replica, node=get_node_ip_address()))
+        self._events.put(Here(stage=stage, attempt=attempt, replica=replica, node=node_address()))
         failure: Failure | None = None
         try:
             with self._peers(address) as peers, self._shelf() as (shelf, deliver):
@@ -176,6 +176,11 @@ class StageActor:
         with tempfile.TemporaryDirectory(prefix="secateur-", dir=self._place.scratch) as directory:
             shelf = SentShelf(Path(directory), reach(depot.write), reach(depot.finish), reach(depot.read))
             yield shelf, shelf.deliver
+
+
+def node_address() -> str:
+    """Return the address of the node this process runs on."""
+    return str(get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
 def reach(method: Any) -> Callable[..., Any]:

@@ -118,13 +118,13 @@ class RayRuntime:
     def _make(self, running: _Running, brief: Brief) -> ActorHandle[Any]:
         strategy = PlacementGroupSchedulingStrategy(running.placement, placement_group_bundle_index=brief.replica)
         direct: dict[str, Any] = {"enable_tensor_transport": True} if self._place.transport == "direct" else {}
-        worker: Any = ray.remote(StageActor)
+        decorate: Any = ray.remote  # its types know nothing of concurrency groups
+        worker = decorate(concurrency_groups=THREADS)(StageActor)
         handle: ActorHandle[Any] = worker.options(
             name=f"stage-{brief.stage}-replica-{brief.replica}-attempt-{running.assignment.attempt}",
             num_cpus=self._bundle.get("CPU", 0),
             num_gpus=self._bundle.get("GPU", 0),
             scheduling_strategy=strategy,
-            concurrency_groups=THREADS,
             max_restarts=0,
             **direct,
         ).remote(brief, self._place, self._depot)

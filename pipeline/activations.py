@@ -36,6 +36,11 @@ class Boundary:
         """Sequences held."""
         return self.hidden_NTD.shape[0]
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the first sequence is here."""
+        return True
+
     def batches(self, size: int) -> Iterator[slice]:
         """Split the sequences into consecutive batches of at most `size`."""
         return batches(self.num_sequences, size)
@@ -60,6 +65,11 @@ class ArrivingBoundary(Boundary):
         super().__init__(shape, dtype)
         self._missing = set(range(shape[0]))
         self._arrived = Condition()
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the first sequence has arrived."""
+        return 0 not in self._missing
 
     @property
     def complete(self) -> bool:

@@ -1,7 +1,7 @@
 """The `cluster` section of a configuration: how a run is spread over many workers."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,7 +17,7 @@ class ClusterConfig(BaseModel):
     """`auto` joins the cluster this machine belongs to, or starts one here; `local` starts one here; else the
     HOST:PORT of a Ray head to join."""
 
-    stages: Literal["auto"] | int = Field(default="auto", ge=1)
+    stages: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Into how many ranges the blocks are split, each with workers of its own."""
 
     replicas: int = Field(default=1, ge=1)
@@ -44,7 +44,7 @@ class ClusterConfig(BaseModel):
     cpus: int = Field(default=1, ge=1)
     """CPUs of each worker; without an accelerator also the threads it computes with."""
 
-    gpus: Literal["auto"] | float = Field(default="auto", ge=0)
+    gpus: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
     """Accelerators of each worker; `auto` is 1 where the cluster has any and `compute.device` is not cpu."""
 
     patience: float = Field(default=60, gt=0)

@@ -87,6 +87,9 @@ class Transaction:
             block = self._skeleton.load_block(index, self._skeleton.checkpoint)
             linears = linears_to_prune(block, self._order.skip)
             check_divides(linears, block, self._order.sparsity)
+        if not self._streams.pruned.has_begun:
+            self._progress.phase(index, "wait")
+            self._streams.pruned.read(slice(0, 1), self._skeleton.device)
         with self._phase(watch, index, "collect"):
             collector, targets = self._collect(index, linears)
         with self._phase(watch, index, "prune"), _naming(index):
