@@ -1,6 +1,7 @@
 """One job over many workers: what the cluster offers, a topology, the coordinator's run, and the end of the job."""
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -96,12 +97,14 @@ def _prune(job: Job, settings: ClusterConfig, offer: Offer, topology: Topology, 
         run_directory=job.config.output,
         limits=limits_of(settings, offer.bundle),
     )
+    begun = time.monotonic()
     try:
         coordinator.run_to_end(job.stop_asked)
     finally:
         if coordinator.spans:
             write_report(job, TRACE, chrome_trace(coordinator.spans))
             facts = {
+                "seconds": time.monotonic() - begun,
                 "topology": {**asdict(topology), "stages": list(topology.bounds)},
                 "expected_seconds": expected.seconds,
                 "overlaps": asdict(overlaps(coordinator.spans)),

@@ -5,7 +5,7 @@ are never restarted by Ray: a stage that has lost one is ended as a whole, and t
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,9 +73,9 @@ class RayRuntime:
 
     def release(self, stage: int) -> None:
         """End a stage; the one before it drops what it would send."""
-        self._end(stage)
-        if stage - 1 in self._stages:
-            self._connect(self._stages[stage - 1], [None] * self._place.num_replicas)
+        if stage in self._stages:
+            self._end(stage)
+        self._connect(stage - 1)
 
     def acknowledge(self, stage: int, attempt: int, block: int, go_on: bool) -> None:
         """Tell a stage that its commit is durable."""
@@ -104,13 +104,8 @@ class RayRuntime:
         assignment = running.assignment
         running.actors = [self._make(running, brief) for brief in self._briefs(assignment.stage)]
         address = running.actors[0].address.remote() if len(running.actors) > 1 else None
-        below, above = self._stages.get(assignment.stage + 1), self._stages.get(assignment.stage - 1)
-        if below is not None and below.actors:
-            self._connect(running, below.actors)
-        elif below is None:
-            self._connect(running, [None] * len(running.actors))
-        if above is not None:
-            self._connect(above, running.actors)
+        self._connect(assignment.stage)
+        self._connect(assignment.stage - 1)
         for replica, actor in enumerate(running.actors):
             actor.run.remote(assignment, address)
             self._ask(running, replica)
@@ -130,9 +125,14 @@ class RayRuntime:
         ).remote(brief, self._place, self._depot)
         return handle
 
-    def _connect(self, sender: _Running, receivers: Iterable[ActorHandle[Any] | None]) -> None:
-        for actor, receiver in zip(sender.actors, receivers, strict=False):
-            actor.connect.remote(receiver)
+    def _connect(self, stage: int) -> None:
+        """Tell a stage whom to send to: the next one, once it has begun and if it wants a stream; else nobody."""
+        sender, receiver = self._stages.get(stage), self._stages.get(stage + 1)
+        if sender is None or (receiver is not None and not receiver.actors):
+            return
+        wanted = receiver is not None and receiver.assignment.input == "stream"
+        for replica, actor in enumerate(sender.actors):
+            actor.connect.remote(receiver.actors[replica] if receiver is not None and wanted else None)
 
     def _ask(self, running: _Running, replica: int) -> None:
         running.polls[running.actors[replica].events.remote(LONGEST_POLL)] = replica
