@@ -3,7 +3,8 @@
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -63,18 +64,28 @@ def _choose_topology(
     source: Source, settings: ClusterConfig, offer: Offer, progress: Progress
 ) -> tuple[Topology, Forecast]:
     """Return the topology asked for, or the best one, and say which and why; a resumed dense job keeps its own."""
-    ledger_path = source.config.output / LEDGER_NAME
-    ledger = Ledger.read(source.config.output) if ledger_path.is_file() else None
-    stages = settings.stages
-    if ledger is not None and stages == "auto" and settings.handoff == "dense":
-        begun_with = ledger.header.config.get("dense_handoff_at")
-        stages = len(begun_with) + 1 if isinstance(begun_with, list) else 1
-    shape = shape_of(source, settings, ledger)
+    stages, begun_with = settings.stages, _stages_begun_with(source)
+    if begun_with is not None and stages == "auto" and settings.handoff == "dense":
+        stages = len(begun_with)
+    shape = shape_of(source, settings)
     resources = Resources(num_slots=offer.num_slots, device_bytes=offer.device_bytes)
     topology, expected, lines = choose(stages, settings.replicas, settings.handoff, resources, shape, LINKS)
     for line in lines:
         progress.say(line)
+    if begun_with is not None and settings.handoff == "dense" and len(begun_with) == topology.num_stages:
+        topology = replace(topology, stages=begun_with)
     return topology, expected
+
+
+def _stages_begun_with(source: Source) -> tuple[range, ...] | None:
+    """Return the stages of a job with the dense handoff that has been begun before."""
+    if not (source.config.output / LEDGER_NAME).is_file():
+        return None
+    cuts = Ledger.read(source.config.output).header.config.get("dense_handoff_at", [])
+    if not isinstance(cuts, list):
+        return None
+    bounds = [0, *(int(str(cut)) for cut in cuts), source.skeleton.num_blocks]
+    return tuple(range(start, stop) for start, stop in pairwise(bounds))
 
 
 def _prune(job: Job, settings: ClusterConfig, offer: Offer, topology: Topology, expected: Forecast) -> None:

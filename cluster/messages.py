@@ -32,7 +32,7 @@ class Assignment:
     """Whether the next stage waits for this one's batches."""
 
     committed: Mapping[int, Commit]
-    """Of the ledger: of the stage's own blocks, and for `rebuild` of the blocks before them too."""
+    """Of the ledger: of the stage's own blocks, and to rebuild the pruned stream of all blocks before them too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,13 +111,15 @@ class Runtime(Protocol):
     def start(self, assignment: Assignment) -> None:
         """Ask for resources for all replicas of a stage; once they are there, begin (`Placed`).
 
-        The stage before it, where it runs and forwards, is told whom to send to from now on.
+        With the input `stream`, the stage before it, where it runs and forwards, is told whom to send to from now on.
+        Nobody is to be sent batches, or waited for, who makes its own input.
         """
 
     def release(self, stage: int) -> None:
         """End a stage's replicas, or withdraw the request for their resources; no event follows.
 
-        The stage before it drops what it would send.
+        The stage before it drops what it would send. A stage that has just died or finished is no error: its last
+        events, where they were not polled yet, are dropped.
         """
 
     def acknowledge(self, stage: int, attempt: int, block: int, go_on: bool) -> None:

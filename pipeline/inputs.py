@@ -49,10 +49,11 @@ def pass_dense_stream(skeleton: Skeleton, boundary: Boundary, blocks: range, bat
     size = batch if resident else -(-boundary.num_sequences // (num_rounds * batch)) * batch
     for sequences in batches(boundary.num_sequences, size):
         parts = _parts(sequences, batch)
+        for index in blocks if resident else blocks[:1]:
+            _load(skeleton, index)  # before waiting for what arrives: all stages read at once
         hidden = [boundary.read(part, skeleton.device) for part in parts]
         for index in blocks:
-            if _is_empty(skeleton, index):
-                skeleton.load_block(index, skeleton.checkpoint)
+            _load(skeleton, index)
             hidden = [stream.run_block(index, hidden_BTD) for hidden_BTD in hidden]
             if not resident:
                 skeleton.release_block(index)
@@ -78,5 +79,7 @@ def _parts(sequences: slice, batch: int) -> list[slice]:
     ]
 
 
-def _is_empty(skeleton: Skeleton, index: int) -> bool:
-    return any(parameter.is_meta for parameter in skeleton.blocks[index].parameters())
+def _load(skeleton: Skeleton, index: int) -> None:
+    """Read a block's weights, unless they are there."""
+    if any(parameter.is_meta for parameter in skeleton.blocks[index].parameters()):
+        skeleton.load_block(index, skeleton.checkpoint)

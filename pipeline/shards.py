@@ -24,8 +24,8 @@ from pipeline.errors import CheckpointError, StorageError
 from pipeline.header import TensorEntry, build_header, malformed, parse_header, read_header_bytes
 
 __all__ = [
-    "OutputTensor", "ShardReader", "TensorEntry", "WrittenShard", "hash_file", "header_bytes", "read_header",
-    "remove_leftovers", "tensor_chunks", "write_atomically", "write_shard",
+    "OutputTensor", "ShardReader", "TensorEntry", "WrittenShard", "atomic_file", "hash_file", "header_bytes",
+    "read_header", "remove_leftovers", "tensor_chunks", "write_atomically", "write_shard",
 ]  # fmt: skip
 
 PIECE_BYTES = 16 * 2**20
@@ -207,7 +207,7 @@ def write_shard(path: Path, tensors: Sequence[OutputTensor]) -> WrittenShard:
     header = build_header((tensor.name, tensor.dtype, tensor.shape) for tensor in tensors)
     num_bytes = len(header) + sum(tensor.num_bytes for tensor in tensors)
     digest = hashlib.sha256(header)
-    with _atomic_file(path, num_bytes) as write:
+    with atomic_file(path, num_bytes) as write:
         write(memoryview(header))
         for tensor in tensors:
             for chunk in _exact_chunks(tensor):
@@ -218,7 +218,7 @@ def write_shard(path: Path, tensors: Sequence[OutputTensor]) -> WrittenShard:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a small file: whole and durable, or not at all; StorageError where the disk refuses."""
-    with _atomic_file(path, len(content)) as write:
+    with atomic_file(path, len(content)) as write:
         write(memoryview(content))
 
 
@@ -243,7 +243,7 @@ def _exact_chunks(tensor: OutputTensor) -> Iterator[memoryview]:
 
 
 @contextmanager
-def _atomic_file(path: Path, num_bytes: int) -> Iterator[Callable[[memoryview], None]]:
+def atomic_file(path: Path, num_bytes: int) -> Iterator[Callable[[memoryview], None]]:
     """Yield a function that appends flat bytes to a temporary file, which becomes `path` when all went well.
 
     The file is fsynced, then renamed, then its directory is fsynced: after that a power cut loses nothing.

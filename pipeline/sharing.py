@@ -45,16 +45,8 @@ def solve_rows(
     return PrunedLinear(keep_OD=chosen_OD, notes=result.notes)
 
 
-def solve_whole(
-    solve: Solver | None,
-    weight_OD: torch.Tensor,
-    keep_OD: torch.Tensor | None,
-    sparsity: Sparsity,
-    peers: Peers,
-    owner: int,
-) -> PrunedLinear:
-    """Prune one linear on the replica that owns it (which has `solve`), and send the result to the others."""
-    result = None if solve is None else solve(weight_OD, keep_OD, sparsity)
+def spread(result: PrunedLinear | None, weight_OD: torch.Tensor, peers: Peers, owner: int) -> PrunedLinear:
+    """Send what its owner has made of one linear, whose dense weights are given, to the replicas that have None."""
     if peers.size == 1:
         assert result is not None
         return result

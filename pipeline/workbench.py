@@ -7,10 +7,10 @@ from torch import nn
 
 from pipeline.activations import Boundary
 from pipeline.linears import Collector, Linear
-from pipeline.methods.step import BlockStep, LinearStep, MiniBatch, PrunedLinear, Report, Solver
+from pipeline.methods.step import BlockStep, LinearStep, MiniBatch, PrunedLinear, Report
 from pipeline.peers import Peers
 from pipeline.recipe import Recipe
-from pipeline.sharing import share_out, solve_rows, solve_whole
+from pipeline.sharing import share_out, solve_rows, spread
 from pipeline.sparsity import Sparsity
 from pipeline.statistics import Statistic
 from pipeline.stream import Stream
@@ -107,25 +107,28 @@ def _run_linear_step(
 ) -> dict[str, PrunedLinear]:
     groups = bench.groups()
     owners = share_out([sum(_effort(bench.weights[n.name]) for n in group) for group in groups], bench.peers.size)
-    results = {}
+    by_rows, kind = step.rows_alone(sparsity), step.statistic
+    results: dict[str, PrunedLinear] = {}
     for group, owner in zip(groups, owners, strict=True):
-        kind = step.statistic
-        by_rows = step.rows_alone(sparsity)
-        solve: Solver | None = None
-        if by_rows or owner == bench.peers.rank:
-            solve = step.solver(None if kind is None else bench.statistic(group[0].name, kind))
+        if not by_rows and owner != bench.peers.rank:
+            continue
+        solve = step.solver(None if kind is None else bench.statistic(group[0].name, kind))
         for linear in group:
             before = state.get(linear.name)
-            weight = bench.weights[linear.name]
-            if before is not None and before.weight_OD is not None:
-                weight = before.weight_OD
-            given = before.keep_OD if before else None
+            weight_OD, keep_OD = bench.weights[linear.name], None
+            if before is not None:
+                weight_OD, keep_OD = weight_OD if before.weight_OD is None else before.weight_OD, before.keep_OD
             if by_rows:
-                assert solve is not None
-                results[linear.name] = solve_rows(solve, weight, given, sparsity, bench.peers)
+                results[linear.name] = solve_rows(solve, weight_OD, keep_OD, sparsity, bench.peers)
             else:
-                results[linear.name] = solve_whole(solve, weight, given, sparsity, bench.peers, owner)
-    return results
+                results[linear.name] = solve(weight_OD, keep_OD, sparsity)
+    if by_rows:
+        return results
+    return {  # all replicas have solved what they own before any waits for another's
+        linear.name: spread(results.get(linear.name), bench.weights[linear.name], bench.peers, owner)
+        for group, owner in zip(groups, owners, strict=True)
+        for linear in group
+    }
 
 
 def _effort(weight_OD: torch.Tensor) -> float:
