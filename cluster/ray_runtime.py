@@ -44,6 +44,8 @@ class _Running:
     ended: set[int] = field(default_factory=set)
     failures: dict[int, Failure] = field(default_factory=dict)
     failing_since: float = 0.0
+    stopping: bool = False
+    """Whether it was told to stop: then the first replica ends, and the others wait for it in vain."""
 
 
 class RayRuntime:
@@ -81,6 +83,7 @@ class RayRuntime:
         """Tell a stage that its commit is durable."""
         running = self._stages.get(stage)
         if running is not None and running.assignment.attempt == attempt and running.actors:
+            running.stopping = not go_on
             running.actors[0].acknowledge.remote(block, go_on)
 
     def poll(self, seconds: float) -> list[Event]:
@@ -185,9 +188,9 @@ class RayRuntime:
                 self._say(f"stage {stage}: {text}")
             case Ended(replica=replica, failure=failure):
                 running.ended.add(replica)
-                if failure is not None:
+                if failure is not None and not running.stopping:
                     self._fail(running, failure)
-                elif len(running.ended) == size and not running.failures:
+                elif replica == 0 if running.stopping else len(running.ended) == size and not running.failures:
                     self._end(stage)
                     return [Finished(stage=stage, attempt=attempt)]
             case _:

@@ -40,6 +40,8 @@ def run_stage(
                 transaction.replay(block, committed[block], outlet if is_last else None)
             book.replayed(block)
             continue
+        if not is_last:
+            transaction.prefetch(block + 1)
         commit, watch = transaction.prune(block)
         if commit is not None:
             book.commit(commit)

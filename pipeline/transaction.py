@@ -77,6 +77,10 @@ class Transaction:
         self._peers = peers
         self._stream = Stream(skeleton, skeleton.checkpoint)
 
+    def prefetch(self, index: int) -> None:
+        """Have a block's weights read ahead while another one is worked on."""
+        self._skeleton.checkpoint.will_need(self._skeleton.block_names(index).values())
+
     def prune(self, index: int) -> tuple[Commit | None, Stopwatch]:
         """Prune one block up to its written shard; once the commit is recorded, `propagate` or `drop` must follow.
 

@@ -1,0 +1,100 @@
+"""BESA over replicas: every update sees the sequences of all, and all learn the same."""
+
+from collections.abc import Mapping, Sequence
+
+import pytest
+import torch
+
+from pipeline.methods.besa import Besa
+from pipeline.methods.step import MiniBatch, PrunedLinear
+from pipeline.sparsity import Unstructured
+from pipeline.statistics import ColumnSquares, Statistic
+from tests.replicas import ThreadPeer, together
+
+NUM_SEQUENCES = 6
+HALF = Unstructured(ratio=0.5)
+
+
+def normal(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class LinearBlock:
+    """A `BlockView` of one linear, y = x W^T, that holds some of the sequences."""
+
+    num_replicas = 1
+
+    def __init__(self, sequences: slice = slice(0, NUM_SEQUENCES)) -> None:
+        everything_BTD = normal(NUM_SEQUENCES, 10, 24, seed=0) * torch.linspace(0.1, 3, 24)
+        self.hidden_BTD = everything_BTD[sequences]
+        self.all_inputs = everything_BTD.flatten(0, 1)
+        self.weights: Mapping[str, torch.Tensor] = {"linear": normal(12, 24, seed=1)}
+
+    def statistic(self, name: str, kind: type[Statistic]) -> Statistic:
+        statistic = ColumnSquares.empty(24, torch.device("cpu"))
+        statistic.update(self.all_inputs)
+        return statistic
+
+    def mini_batches(self, size: int) -> list[MiniBatch]:
+        starts = range(0, len(self.hidden_BTD), size)
+        return [MiniBatch(here=slice(start, start + size), weight=1.0) for start in starts]
+
+    def sum(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Nobody else has sequences."""
+
+    def output(self, weights: Mapping[str, torch.Tensor], sequences: slice) -> torch.Tensor:
+        return self.hidden_BTD[sequences] @ weights["linear"].T
+
+    def target(self, sequences: slice) -> torch.Tensor:
+        return self.output(self.weights, sequences)
+
+
+class ReplicaBlock(LinearBlock):
+    """The same on one of several replicas, which have `shares` of the sequences."""
+
+    def __init__(self, peer: ThreadPeer, shares: Sequence[slice]) -> None:
+        super().__init__(shares[peer.rank])
+        self._peer, self._shares = peer, shares
+        self.num_replicas = peer.size
+
+    def mini_batches(self, size: int) -> list[MiniBatch]:
+        counts = [share.stop - share.start for share in self._shares]
+        updates = []
+        for start in range(0, max(counts), size):
+            parts = [min(max(count - start, 0), size) for count in counts]
+            here = parts[self._peer.rank]
+            updates.append(MiniBatch(here=slice(start, start + here), weight=here / sum(parts)))
+        return updates
+
+    def sum(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._peer.sum(tensors)
+
+
+def pruned_by(shares: Sequence[slice]) -> list[tuple[PrunedLinear, list[float]]]:
+    def work(peer: ThreadPeer) -> tuple[PrunedLinear, list[float]]:
+        seen: list[float] = []
+        pruned = Besa().prune(ReplicaBlock(peer, shares), HALF, lambda figures: seen.append(figures["sparsity"]))
+        return pruned["linear"], seen
+
+    return together(len(shares), work)
+
+
+@pytest.mark.parametrize("shares", [[slice(0, 3), slice(3, 6)], [slice(0, 4), slice(4, 6)]], ids=["even", "uneven"])
+def test_all_replicas_learn_the_same_and_meet_the_budget(shares: list[slice]) -> None:
+    (first, seen), (second, seen_too) = pruned_by(shares)
+    assert torch.equal(first.keep_OD, second.keep_OD)
+    assert seen == seen_too
+    assert len(seen) == max(share.stop - share.start for share in shares)
+    assert int((~first.keep_OD).sum()) == 12 * 24 // 2
+
+
+def test_replicas_with_the_same_sequences_learn_what_one_learns() -> None:
+    """The mean over equal parts is the part: sums, weights and the penalty come out as without replicas."""
+    alone = Besa().prune(LinearBlock(slice(0, 3)), HALF, lambda figures: None)
+    for twin, _ in pruned_by([slice(0, 3), slice(0, 3)]):
+        assert torch.equal(twin.keep_OD, alone["linear"].keep_OD)
+
+
+def test_more_sequences_in_an_update_learn_something_else() -> None:
+    alone = Besa().prune(LinearBlock(), HALF, lambda figures: None)
+    assert not torch.equal(pruned_by([slice(0, 3), slice(3, 6)])[0][0].keep_OD, alone["linear"].keep_OD)

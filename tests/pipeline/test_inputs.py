@@ -1,0 +1,96 @@
+"""What a stage starts from: dense blocks run in place or in passing, with all their weights held or read in rounds."""
+
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import inputs
+from pipeline.activations import Boundary, StreamName
+from pipeline.checkpoint import Checkpoint
+from pipeline.inputs import can_hold, embed_tokens, pass_dense_stream, run_dense_blocks
+from pipeline.skeleton import Skeleton
+from tests.tiny import save_tiny, some_tokens
+
+CPU = torch.device("cpu")
+TOKENS_NT = some_tokens(5, 12)
+BATCH = 2
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("inputs") / "model"
+    save_tiny("gemma2", path)
+    return path
+
+
+@pytest.fixture
+def skeleton(directory: Path) -> Iterator[Skeleton]:
+    with closing(Checkpoint.open(directory)) as checkpoint:
+        yield Skeleton(checkpoint, CPU, torch.float32)
+
+
+class Kept:
+    """An outlet that keeps what it is sent."""
+
+    def __init__(self, boundary: Boundary) -> None:
+        self.boundary, self.order = boundary, list[slice]()
+
+    def send(self, stream: StreamName, sequences: slice, hidden_BTD: torch.Tensor) -> None:
+        assert stream == "dense"
+        self.boundary.write(sequences, hidden_BTD, "the test")
+        self.order.append(sequences)
+
+
+@pytest.mark.parametrize("holds_all", [True, False])
+def test_what_passes_through_is_what_running_the_blocks_makes(
+    skeleton: Skeleton, holds_all: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "can_hold", lambda *_: holds_all)
+    boundary = embed_tokens(skeleton, TOKENS_NT, BATCH)
+    before, kept = boundary.hidden_NTD.clone(), Kept(Boundary.copy_of(boundary))
+    pass_dense_stream(skeleton, boundary, range(1, 3), BATCH, kept)
+    assert torch.equal(boundary.hidden_NTD, before), "the stage's own input stays"
+    assert kept.order == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    run_dense_blocks(skeleton, boundary, range(1, 3), BATCH)
+    assert torch.equal(kept.boundary.hidden_NTD, boundary.hidden_NTD)
+    assert all(parameter.is_meta for block in skeleton.blocks for parameter in block.parameters())
+
+
+def test_rounds_read_the_weights_anew_and_holding_them_reads_once(
+    skeleton: Skeleton, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[int] = []
+    load = skeleton.load_block
+    monkeypatch.setattr(skeleton, "load_block", lambda index, source: loaded.append(index) or load(index, source))
+    boundary = embed_tokens(skeleton, TOKENS_NT, 1)
+    for holds_all in (True, False):
+        monkeypatch.setattr(inputs, "can_hold", lambda *_, answer=holds_all: answer)
+        pass_dense_stream(skeleton, boundary, range(2), 1, Kept(Boundary.copy_of(boundary)))
+    assert loaded == [0, 1] + [0, 1] * 3  # five sequences make three rounds of two
+
+
+def test_whether_weights_are_held_depends_on_the_memory_there_is(
+    skeleton: Skeleton, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = skeleton.block_names(0).values()
+    needed = sum(skeleton.checkpoint.tensors[name].num_bytes for name in names)
+    monkeypatch.setattr(inputs, "free_bytes", lambda device: 8 * needed)
+    assert can_hold(skeleton, range(1))
+    assert not can_hold(skeleton, range(2))
+
+
+def test_what_will_be_needed_is_read_ahead_where_it_lies(skeleton: Skeleton, monkeypatch: pytest.MonkeyPatch) -> None:
+    advised: list[bytes] = []
+
+    def advise(descriptor: int, start: int, count: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        advised.append(os.pread(descriptor, count, start))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    names = list(skeleton.block_names(1).values())
+    skeleton.checkpoint.will_need(names)
+    assert advised == [skeleton.checkpoint.read(name).numpy().tobytes() for name in names]
