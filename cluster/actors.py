@@ -122,6 +122,11 @@ class StageActor:
         self._sender.connect(receiver)
 
     @ray.method(concurrency_group="control")
+    def hold(self) -> None:
+        """Keep batches until connected."""
+        self._sender.hold()
+
+    @ray.method(concurrency_group="control")
     def acknowledge(self, block: int, go_on: bool) -> None:
         """Hear that a commit is durable, and whether to go on."""
         self._answers.put((block, go_on))

@@ -150,6 +150,12 @@ class Sender:
             self._metrics.batches_in_flight(0)
             self._changed.notify_all()
 
+    def hold(self) -> None:
+        """Have `send` wait from now on until connected: the receiver is on its way."""
+        with self._changed:
+            self._link = None
+            self._metrics.batches_in_flight(0)
+
     def send(self, stream: str, sequences: slice, hidden_BTD: torch.Tensor) -> None:
         """Hand on a batch; first wait until connected, and until there is a place for it.
 

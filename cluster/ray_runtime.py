@@ -72,6 +72,7 @@ class RayRuntime:
         assert assignment.stage not in self._stages, f"stage {assignment.stage} is running"
         bundles = [self._bundle] * self._place.num_replicas
         self._stages[assignment.stage] = _Running(assignment, placement_group(bundles, strategy="PACK"))
+        self._connect(assignment.stage - 1)
 
     def release(self, stage: int) -> None:
         """End a stage; the one before it drops what it would send."""
@@ -129,13 +130,15 @@ class RayRuntime:
         return handle
 
     def _connect(self, stage: int) -> None:
-        """Tell a stage whom to send to: the next one, once it has begun and if it wants a stream; else nobody."""
+        """Tell a stage whom to send to: the next one if it wants a stream, once it has begun; else nobody."""
         sender, receiver = self._stages.get(stage), self._stages.get(stage + 1)
-        if sender is None or (receiver is not None and not receiver.actors):
-            return
-        wanted = receiver is not None and receiver.assignment.input == "stream"
-        for replica, actor in enumerate(sender.actors):
-            actor.connect.remote(receiver.actors[replica] if receiver is not None and wanted else None)
+        for replica, actor in enumerate(sender.actors if sender is not None else []):
+            if receiver is None or receiver.assignment.input != "stream":
+                actor.connect.remote(None)
+            elif receiver.actors:
+                actor.connect.remote(receiver.actors[replica])
+            else:
+                actor.hold.remote()
 
     def _ask(self, running: _Running, replica: int) -> None:
         running.polls[running.actors[replica].events.remote(LONGEST_POLL)] = replica
