@@ -93,7 +93,8 @@ def why_not_direct(receiver: ActorHandle[Any], device: torch.device) -> str | No
     """Return what keeps the direct transport from reaching a receiver from a device; None where it does.
 
     One number makes the whole way, and back: that its memory is freed again shows that this actor was made with
-    `enable_tensor_transport` and so frees while it works.
+    `enable_tensor_transport` and so frees while it works. A dead receiver speaks for nothing: whatever is sent to it
+    is dropped.
     """
     number_1 = torch.zeros(1, device=device)
     try:
@@ -101,6 +102,8 @@ def why_not_direct(receiver: ActorHandle[Any], device: torch.device) -> str | No
         ray.get(taken, timeout=PROBE_SECONDS)
         del taken
         wait_tensor_freed(number_1, PROBE_SECONDS)
+    except ActorDiedError:
+        return None
     except Exception as error:  # whatever it is, there is another way to send
         return f"{type(_cause(error)).__name__}: {_cause(error)}"
     return None

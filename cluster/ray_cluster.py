@@ -14,6 +14,7 @@ from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.depot import Depot
+from cluster.handoff import EMPTY_AT_ONCE
 from pipeline.cluster_config import ClusterConfig
 from pipeline.devices import choose_device, total_bytes
 from pipeline.errors import ConfigError
@@ -55,11 +56,16 @@ def joined(settings: ClusterConfig, num_workers: int) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         if settings.address == "local" or not _join(settings.address):
             cores = max(os.cpu_count() or 1, num_workers * settings.cpus)
-            ray.init(address="local", num_cpus=cores, object_store_memory=STORE_BYTES, include_dashboard=False)
+            ray.init(
+                address="local",
+                num_cpus=cores,
+                object_store_memory=STORE_BYTES,
+                include_dashboard=False,
+                _system_config=EMPTY_AT_ONCE,
+            )
         yield
     finally:
         ray.shutdown()

@@ -28,8 +28,8 @@ class ClusterConfig(BaseModel):
     """`pruned`: the next stage starts from what the pruned blocks make, as one process would; `dense`: from what
     the dense blocks make, so that all stages prune at once."""
 
-    window: int = Field(default=4, ge=1)
-    """Batches that may be under way from one worker to the next."""
+    window: int = Field(default=4, ge=2)
+    """Batches from one worker to the next that may lie in the object store: one is leaving, the others on their way."""
 
     transport: Literal["auto", "objects", "direct"] = "auto"
     """How batches travel: through Ray's object store, or from device to device where Ray can (`auto` tries)."""

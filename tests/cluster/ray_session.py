@@ -10,8 +10,10 @@ Ray's workers import the tests' modules by name, so actor classes may live in th
 
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import ray
@@ -51,7 +53,15 @@ def local_ray(num_cpus: int = 4) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
-            shutil.rmtree(directory, ignore_errors=True)
+            remove(directory)
+
+
+def remove(directory: str) -> None:
+    """Remove what Ray has left, as often as its last processes still write there on their way out."""
+    deadline = time.monotonic() + 20
+    while Path(directory).exists() and time.monotonic() < deadline:
+        shutil.rmtree(directory, ignore_errors=True)
+        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")

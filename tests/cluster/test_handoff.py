@@ -138,7 +138,7 @@ def test_nothing_is_sent_before_there_is_somebody_to_send_to(cast: Cast) -> None
     assert places_taken(receiver) == list(range(NUM_SEQUENCES))
 
 
-def test_what_nobody_wants_is_dropped() -> None:
+def test_what_nobody_wants_is_dropped(ray_cluster: None) -> None:
     sender, metrics = a_sender()
     sending = begun(lambda: send_all(sender, hidden(SHAPE)))
     assert held_up(sending)
@@ -243,10 +243,17 @@ def test_batches_go_directly_where_both_actors_can(cast: Cast) -> None:
     assert torch.equal(bits_of(receiver), hidden((6, 512, 512)).view(torch.uint8))
 
 
+@needs_nixl
+def test_a_dead_receiver_is_no_reason_against_the_direct_transport(ray_cluster: None) -> None:
+    receiver = an_inlet()
+    ray.kill(receiver)
+    assert ray.get(an_outlet().run.remote(receiver, "direct", "cpu")) == []
+
+
 @pytest.mark.gpu
 @needs_accelerator
 @needs_nixl
-def test_batches_go_from_device_to_device() -> None:
+def test_batches_go_from_device_to_device(ray_cluster: None) -> None:
     sending, receiver = an_outlet(num_gpus=0.5), ready(an_inlet(num_gpus=0.5))
     assert ray.get(sending.run.remote(receiver, "direct", "cuda")) == []
     assert {device for _, _, device in ray.get(receiver.taken.remote())} == {"cuda"}
