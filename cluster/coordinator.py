@@ -14,7 +14,7 @@ from cluster.policy import Decision, Evict, GiveUp, Limits, MarkDone, Start, Sto
 from cluster.state import JobState, first_state, is_current, marked_done, released, started, take, tick
 from cluster.topology import Topology
 from cluster.trace import Span, Trace
-from pipeline.errors import RunStopped, SecateurError
+from pipeline.errors import RunStopped, StageFailed
 from pipeline.ledger import Commit, Ledger
 from pipeline.meter import human_seconds
 from pipeline.progress import Progress, StopAsked
@@ -56,7 +56,7 @@ class Coordinator:
     def run_to_end(self, stop_asked: StopAsked) -> None:
         """Prune all blocks; no stage is left running, however this ends.
 
-        Raises RunStopped once a stop was asked for and the blocks at hand are committed, SecateurError when going
+        Raises RunStopped once a stop was asked for and the blocks at hand are committed, StageFailed when going
         on makes no sense, and StorageError where the ledger cannot be written.
         """
         if len(self.state.committed) == self.state.topology.num_blocks:
@@ -156,7 +156,7 @@ class Coordinator:
                 blocks = listed("block", self.state.topology.stages[stage])
                 self._recoveries.redone(stage, f"stage {stage} has nothing left to do: {blocks} are committed")
             case GiveUp(message=message):
-                raise SecateurError(f"{message}\n{self._way_on()}")
+                raise StageFailed(f"{message}\n{self._way_on()}")
             case Stop():
                 raise RunStopped(f"stopped as asked: {self._way_on()}")
 

@@ -10,7 +10,7 @@ from cluster.messages import Committed, Entered, Event, Failed, Failure
 from cluster.policy import Limits
 from cluster.topology import Handoff
 from cluster.trace import overlaps
-from pipeline.errors import RunStopped, SecateurError, StorageError
+from pipeline.errors import RunStopped, StageFailed, StorageError
 from pipeline.ledger import Ledger
 from tests.cluster.fake_job import FakeJob, make_job, make_topology
 from tests.cluster.fake_ledger import MemoryLedger, make_commit
@@ -178,7 +178,7 @@ def test_a_fatal_failure_ends_the_job_with_what_it_was_and_how_to_go_on() -> Non
 
     job = make_job(make_topology([2, 2, 2], replicas=2), MemoryLedger(), disturb=fail)
     with pytest.raises(
-        SecateurError,
+        StageFailed,
         match=r"^stage 1 replicas 0-1: block 3: hidden states hold NaN\nAnother attempt would end the same way\.\n"
         r"4 of 6 blocks are committed in runs/x\. Go on with: secateur run runs/x$",
     ):
@@ -194,7 +194,7 @@ def test_a_stage_that_always_dies_ends_the_job() -> None:
 
     job = make_job(make_topology([1, 1]), MemoryLedger(), limits=Limits(max_restarts=2), disturb=fail)
     expected = r"stage 1 died 3 times without a new commit in between \(at most 2 restarts\); the last time of this:\n"
-    with pytest.raises(SecateurError, match=expected + r"stage 1 replica 0: out of memory\n\d of 2 blocks"):
+    with pytest.raises(StageFailed, match=expected + r"stage 1 replica 0: out of memory\n\d of 2 blocks"):
         job.coordinator.run_to_end(never)
     assert not job.runtime.workers
 
@@ -203,7 +203,7 @@ def test_a_cluster_without_room_ends_the_job_with_the_numbers() -> None:
     limits = Limits(patience=30.0, give_up_after=120.0, resources="1 GPU")
     job = make_job(make_topology([1, 1], replicas=3), MemoryLedger(), nodes=[1, 1], limits=limits)
     expected = r"for 2 min 0 s there was no place for stages 0-1 of 2\. A stage asks for 3 replicas of 1 GPU at once"
-    with pytest.raises(SecateurError, match=expected):
+    with pytest.raises(StageFailed, match=expected):
         job.coordinator.run_to_end(never)
     assert not job.runtime.workers
 
