@@ -49,10 +49,9 @@ class Place:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Here(Event):
-    """A replica has begun; `node` is where."""
+    """A replica has begun."""
 
     replica: int
-    node: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +94,7 @@ class StageActor:
         """Work; what comes of it is told by events."""
         self._attempt = assignment.attempt
         stage, attempt, replica = assignment.stage, assignment.attempt, self._brief.replica
-        self._events.put(Here(stage=stage, attempt=attempt, replica=replica, node=node_address()))
+        self._events.put(Here(stage=stage, attempt=attempt, replica=replica))
         failure: Failure | None = None
         try:
             with self._peers(address) as peers, self._shelf() as (shelf, deliver):

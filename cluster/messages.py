@@ -45,7 +45,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placed(Event):
-    """All replicas have their resources and have begun."""
+    """All replicas have their resources; they begin as soon as their processes are up."""
 
     nodes: tuple[str, ...]
     """Where, by replica."""

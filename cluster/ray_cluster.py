@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ def joined(settings: ClusterConfig, num_workers: int) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         if settings.address == "local" or not _join(settings.address):
             cores = max(os.cpu_count() or 1, num_workers * settings.cpus)
@@ -66,6 +68,8 @@ def joined(settings: ClusterConfig, num_workers: int) -> Iterator[None]:
                 include_dashboard=False,
                 _system_config=EMPTY_AT_ONCE,
             )
+        if signal.getsignal(signal.SIGTERM) is not handler:
+            signal.signal(signal.SIGTERM, handler)  # Ray has put one in its place that exits at once
         yield
     finally:
         ray.shutdown()

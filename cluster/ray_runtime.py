@@ -12,7 +12,12 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, RayActorError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.actors import THREADS, Ended, Here, Place, Said, StageActor
@@ -39,13 +44,16 @@ class _Running:
     polls: dict[ray.ObjectRef[list[Event]], int] = field(default_factory=dict)
     """The outstanding question for events of each replica."""
 
-    nodes: dict[int, str] = field(default_factory=dict)
+    begun: set[int] = field(default_factory=set)
     received: int = 0
     ended: set[int] = field(default_factory=set)
     failures: dict[int, Failure] = field(default_factory=dict)
     failing_since: float = 0.0
-    stopping: bool = False
-    """Whether it was told to stop: then the first replica ends, and the others wait for it in vain."""
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether all replicas are at work."""
+        return bool(self.actors) and len(self.begun) == len(self.actors)
 
 
 class RayRuntime:
@@ -84,25 +92,31 @@ class RayRuntime:
         """Tell a stage that its commit is durable."""
         running = self._stages.get(stage)
         if running is not None and running.assignment.attempt == attempt and running.actors:
-            running.stopping = not go_on
             running.actors[0].acknowledge.remote(block, go_on)
 
     def poll(self, seconds: float) -> list[Event]:
         """Return what has happened, waiting at most so long for something to happen."""
         until = time.monotonic() + seconds
         while True:
-            events = self._begin_placed() + self._gathered()
+            events = self._placed() + self._gathered()
             left = 0.0 if events else until - time.monotonic()
             events += self._answered(left)
             if events or time.monotonic() >= until:
                 return events
 
-    def _begin_placed(self) -> list[Event]:
-        """Make the actors of every stage whose resources are there, and set them to work."""
-        for running in list(self._stages.values()):
-            if not running.actors and running.placement.wait(0):
+    def _placed(self) -> list[Event]:
+        """Begin every stage whose resources are there; one whose resources go before it has begun has failed."""
+        events: list[Event] = []
+        for stage, running in self._stages.items():
+            if running.has_begun:
+                continue
+            there = running.placement.wait(0)
+            if there and not running.actors:
                 self._begin(running)
-        return []
+                events.append(Placed(stage=stage, attempt=running.assignment.attempt, nodes=_nodes(running.placement)))
+            elif running.actors and not there and not running.failures:
+                self._fail(running, Failure(replica=0, message="its node was lost before it had begun", fatal=False))
+        return events
 
     def _begin(self, running: _Running) -> None:
         assignment = running.assignment
@@ -146,7 +160,7 @@ class RayRuntime:
     def _answered(self, seconds: float) -> list[Event]:
         """Wait for answers to the outstanding questions, take all that have come, and ask again."""
         asked = {ref: running for running in self._stages.values() for ref in running.polls}
-        placing = any(not running.actors for running in self._stages.values())
+        placing = any(not running.has_begun for running in self._stages.values())
         failing = any(running.failures for running in self._stages.values())
         seconds = min(seconds, PLACEMENT_POLL) if placing or failing else seconds
         if not asked:
@@ -179,10 +193,8 @@ class RayRuntime:
         """Turn what one replica tells into what the coordinator hears of the stage."""
         stage, attempt, size = running.assignment.stage, running.assignment.attempt, len(running.actors)
         match event:
-            case Here(replica=replica, node=node):
-                running.nodes[replica] = node
-                if len(running.nodes) == size:
-                    return [Placed(stage=stage, attempt=attempt, nodes=tuple(running.nodes[r] for r in range(size)))]
+            case Here(replica=replica):
+                running.begun.add(replica)
             case Received():
                 running.received += 1
                 if running.received == size:
@@ -191,9 +203,9 @@ class RayRuntime:
                 self._say(f"stage {stage}: {text}")
             case Ended(replica=replica, failure=failure):
                 running.ended.add(replica)
-                if failure is not None and not running.stopping:
+                if failure is not None:
                     self._fail(running, failure)
-                elif replica == 0 if running.stopping else len(running.ended) == size and not running.failures:
+                elif len(running.ended) == size and not running.failures:
                     self._end(stage)
                     return [Finished(stage=stage, attempt=attempt)]
             case _:
@@ -221,6 +233,13 @@ class RayRuntime:
         for actor in running.actors:
             ray.kill(actor)
         remove_placement_group(running.placement)
+
+
+def _nodes(placement: PlacementGroup) -> tuple[str, ...]:
+    """Return the address of each replica's node."""
+    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}  # type: ignore[no-untyped-call]
+    where = placement_group_table(placement)["bundles_to_node_id"]
+    return tuple(addresses.get(where[bundle], "a node that is gone") for bundle in sorted(where))
 
 
 def _why_dead(error: RayActorError) -> str:

@@ -100,7 +100,7 @@ class Worker:
             if not dense_handoff and assignment.input == "rebuild":
                 for block in range(assignment.start):
                     transaction.replay(block, assignment.committed[block])
-            book = EventBook(assignment, peers.rank, self._report, deliver, acknowledged)
+            book = EventBook(assignment, peers, device, self._report, deliver, acknowledged)
             onward = outlet if assignment.forward and not dense_handoff else None
             try:
                 run_stage(transaction, range(assignment.start, assignment.stop), assignment.committed, book, onward)
@@ -156,10 +156,11 @@ class PhaseReporter(Silent):
 
 @dataclass(frozen=True, slots=True)
 class EventBook:
-    """Books what a worker has done by reporting it; only the first replica does."""
+    """Books what a worker has done by reporting it; only the first replica does, and the others wait for it."""
 
     assignment: Assignment
-    rank: int
+    peers: Peers
+    device: torch.device
     report: Report
     deliver: Callable[[Commit], None]
     acknowledged: Callable[[int], bool]
@@ -167,17 +168,24 @@ class EventBook:
     def replayed(self, block: int) -> None:
         """Say nothing: entering the next phase says it."""
 
-    def commit(self, commit: Commit) -> None:
-        """Report a commit and wait for its acknowledgement; raises RunStopped where that says stop."""
-        self.deliver(commit)
-        self.report(Committed(stage=self.assignment.stage, attempt=self.assignment.attempt, commit=commit))
-        if not self.acknowledged(commit.block):
-            raise RunStopped(f"stage {self.assignment.stage} was told to stop after block {commit.block}")
+    def commit(self, commit: Commit | None) -> None:
+        """Report a commit and wait for its acknowledgement; raises RunStopped, on all replicas, where that says stop.
+
+        No replica goes on before: what it handed on of a block that is then lost would not be sent again.
+        """
+        go_on = torch.ones((), dtype=torch.int64, device=self.device)
+        if commit is not None:
+            self.deliver(commit)
+            self.report(Committed(stage=self.assignment.stage, attempt=self.assignment.attempt, commit=commit))
+            go_on.fill_(self.acknowledged(commit.block))
+        self.peers.broadcast(go_on, owner=0)
+        if not go_on:
+            raise RunStopped(f"stage {self.assignment.stage} was told to stop")
 
     def done(self, block: int, watch: Stopwatch) -> None:
         """Report what propagating took."""
         seconds = watch.seconds.get("propagate")
-        if self.rank == 0 and seconds is not None:
+        if self.peers.rank == 0 and seconds is not None:
             self.report(
                 Propagated(stage=self.assignment.stage, attempt=self.assignment.attempt, block=block, seconds=seconds)
             )

@@ -72,8 +72,9 @@ class LedgerBook:
             self.job.progress.end()
             self._begin_pruning()
 
-    def commit(self, commit: Commit) -> None:
+    def commit(self, commit: Commit | None) -> None:
         """Make a commit durable. Raises RunStopped where a stop was asked for."""
+        assert commit is not None, "a run in one process has no other replicas"
         self.job.ledger.commit(commit)
         self.job.stop_if_asked()
 

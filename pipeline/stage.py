@@ -15,8 +15,11 @@ class Book(Protocol):
     def replayed(self, block: int) -> None:
         """Note that a committed block has run once more. May raise RunStopped."""
 
-    def commit(self, commit: Commit) -> None:
-        """Return once the commit is durable. May raise RunStopped: the block is done, the stage goes no further."""
+    def commit(self, commit: Commit | None) -> None:
+        """Return once the block's commit is durable, with None where another replica has made it.
+
+        May raise RunStopped: the block is done, the stage goes no further.
+        """
 
     def done(self, block: int, watch: Stopwatch) -> None:
         """Note that a block is behind us, and what its phases took."""
@@ -31,7 +34,7 @@ def run_stage(
 ) -> None:
     """Work through `blocks`; the outputs of the last one are handed on as they appear, or never made.
 
-    `transaction` stands at the first block. Replicas that do not write make no commits, and none is booked.
+    `transaction` stands at the first block. Nothing is propagated, or handed on, before it is committed.
     """
     for block in blocks:
         is_last = block == blocks[-1]
@@ -43,8 +46,7 @@ def run_stage(
         if not is_last:
             transaction.prefetch(block + 1)
         commit, watch = transaction.prune(block)
-        if commit is not None:
-            book.commit(commit)
+        book.commit(commit)
         if is_last and outlet is None:
             transaction.drop(block)
         else:
