@@ -1,6 +1,5 @@
 """A worker as a Ray actor: it works in one thread, and in others takes batches, tells events and hears answers."""
 
-import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,20 +13,32 @@ import torch
 from ray.actor import ActorHandle
 from ray.util import get_node_ip_address
 
-from cluster.handoff import Payload, Sender, Transport, decode
+from cluster.handoff import PROBE, Payload, Sender, Transport, decode
 from cluster.messages import Assignment, Committed, Entered, Event, Failure
 from cluster.metrics import WorkerMetrics
 from cluster.replicas import Group, free_address
-from cluster.shelves import Deliver, SentShelf, already_there
+from cluster.shelves import Deliver, SentShelf, already_there, own_directory
 from cluster.worker import Brief, Worker
-from pipeline.activations import StreamName
 from pipeline.devices import choose_device
-from pipeline.errors import SecateurError
+from pipeline.errors import (
+    CalibrationError,
+    ConfigError,
+    MalformedShard,
+    NumericsError,
+    RunDirectoryError,
+    SecateurError,
+    UnsupportedCheckpoint,
+)
 from pipeline.peers import Alone, Peers
 from pipeline.shelf import ModelDirectory, Shelf
 
 THREADS = {"receive": 1, "events": 1, "control": 1}
 """Concurrency groups: each has a thread of its own beside the one that works."""
+
+SURELY_AGAIN = (
+    CalibrationError, ConfigError, MalformedShard, NumericsError, RunDirectoryError, UnsupportedCheckpoint
+)  # fmt: skip
+"""Errors that another attempt would end with too; what a disk or a mount has failed of may pass."""
 
 PEER_SECONDS = 1800.0
 """Longest that a replica waits for another one in a sum: stragglers may be slow, the dead are noticed at once."""
@@ -76,6 +87,8 @@ class StageActor:
         torch.set_num_threads(place.threads)
         self._brief, self._place, self._depot = brief, place, depot
         self._events: SimpleQueue[Event] = SimpleQueue()
+        self._untaken: list[Event] = []
+        self._num_taken = 0
         self._answers: SimpleQueue[tuple[int, bool]] = SimpleQueue()
         self._metrics = WorkerMetrics(brief.stage, brief.replica)
         self._attempt = 0
@@ -97,13 +110,13 @@ class StageActor:
         self._events.put(Here(stage=stage, attempt=attempt, replica=replica))
         failure: Failure | None = None
         try:
+            self._worker.find_model()
             with self._peers(address) as peers, self._shelf() as (shelf, deliver):
                 self._worker.run(assignment, peers, self._sender, shelf, deliver, self._acknowledged)
                 if assignment.forward:
                     self._sender.finish()
         except SecateurError as error:
-            # What the next stage failed of is its own to tell; every other of our errors would come again.
-            failure = Failure(replica=replica, message=error.message, fatal=type(error) is not SecateurError)
+            failure = Failure(replica=replica, message=error.message, fatal=isinstance(error, SURELY_AGAIN))
         except Exception as error:  # whatever it is, the coordinator decides what follows
             last = traceback.extract_tb(error.__traceback__)[-1]
             message = f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"
@@ -111,9 +124,10 @@ class StageActor:
         self._events.put(Ended(stage=stage, attempt=attempt, replica=replica, failure=failure))
 
     @ray.method(concurrency_group="receive")
-    def receive(self, stream: StreamName, start: int, payload: Payload | torch.Tensor) -> None:
+    def receive(self, stream: str, start: int, payload: Payload | torch.Tensor) -> None:
         """Take one batch from the stage before."""
-        self._worker.receive(stream, start, decode(payload))
+        if stream != PROBE:
+            self._worker.receive(stream, start, decode(payload))
 
     @ray.method(concurrency_group="control")
     def connect(self, receiver: ActorHandle[Any] | None) -> None:
@@ -131,15 +145,19 @@ class StageActor:
         self._answers.put((block, go_on))
 
     @ray.method(concurrency_group="events")
-    def events(self, seconds: float) -> list[Event]:
-        """Return what has happened, waiting so long for something to happen."""
-        happened: list[Event] = []
+    def events(self, seconds: float, num_taken: int) -> list[Event]:
+        """Return what has happened since the first `num_taken` events, waiting so long for something to happen.
+
+        Events are kept until they are known to have arrived: an answer may be lost on its way.
+        """
+        del self._untaken[: num_taken - self._num_taken]
+        self._num_taken = num_taken
         try:
-            happened.append(self._events.get(timeout=seconds))
+            self._untaken.append(self._events.get(timeout=0.0 if self._untaken else seconds))
             while True:
-                happened.append(self._events.get_nowait())
+                self._untaken.append(self._events.get_nowait())
         except Empty:
-            return happened
+            return list(self._untaken)
 
     def _acknowledged(self, block: int) -> bool:
         while True:
@@ -153,8 +171,12 @@ class StageActor:
             case Committed(commit=commit):
                 self._metrics.block_done()
                 self._metrics.bytes_written(commit.num_bytes)
-                self._metrics.bytes_read(commit.num_bytes)
-            case Entered(phase="propagate" | "collect" | "replay"):
+            case Entered(phase="read", block=block):
+                self._metrics.bytes_read(self._brief.block_bytes[block])
+            case Entered(phase="collect" | "propagate"):
+                self._metrics.tokens(self._brief.tokens_NT.numel())
+            case Entered(phase="replay", block=block):
+                self._metrics.bytes_read(self._brief.block_bytes[block])
                 self._metrics.tokens(self._brief.tokens_NT.numel())
         self._events.put(event)
 
@@ -177,8 +199,8 @@ class StageActor:
             return
         depot = self._depot
         assert depot is not None
-        with tempfile.TemporaryDirectory(prefix="secateur-", dir=self._place.scratch) as directory:
-            shelf = SentShelf(Path(directory), reach(depot.write), reach(depot.finish), reach(depot.read))
+        with own_directory(self._place.scratch) as directory:
+            shelf = SentShelf(directory, reach(depot.write), reach(depot.finish), reach(depot.read))
             yield shelf, shelf.deliver
 
 

@@ -137,6 +137,7 @@ class Sender:
         """
         self._most_in_flight = max(1, window - 1)
         self._wants_direct = transport == "direct"
+        self._told_why_not = False
         self._metrics = metrics
         self._say = say
         self._link: _Link | None = None
@@ -216,8 +217,8 @@ class Sender:
         if self._wants_direct and link.direct is None:
             why_not = why_not_direct(receiver, device)
             link.direct = why_not is None
-            if why_not is not None:
-                self._wants_direct = False
+            if why_not is not None and not self._told_why_not:
+                self._told_why_not = True
                 self._say(f"hidden states go through Ray's object store, not directly: {why_not}")
         return link.direct is True
 

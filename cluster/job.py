@@ -39,10 +39,17 @@ def run_on_cluster(config: RunConfig, progress: Progress, stop_asked: StopAsked)
     settings = config.cluster
     assert settings is not None
     refuse_foreign(config.output)
-    num_workers = settings.replicas * (settings.stages if settings.stages != "auto" else 1)
+    num_workers = (settings.stages if settings.stages != "auto" else 1) * (
+        settings.replicas if settings.replicas != "auto" else 1
+    )
     with RunLock(config.output), joined(settings, num_workers):
         offer = look_round(settings, config.compute.device, config.output)
+        if offer.device_type == "cpu" and config.compute.threads is None:
+            # Rounding depends on it, so it becomes part of the run's identity.
+            config = config.model_copy(update={"compute": config.compute.model_copy(update={"threads": settings.cpus})})
         with open_source(config, offer.device_type) as source:
+            if config.evaluate is not None and source.skeleton.device.type != offer.device_type:
+                progress.say(f"perplexity is measured by this process, on {source.skeleton.device}, not by workers")
             topology, expected = _choose_topology(source, settings, offer, progress)
             job = open_job(source, progress, stop_asked, scheme_of(topology))
             evaluate_job(job, "before")
@@ -85,6 +92,8 @@ def _stages_begun_with(source: Source) -> tuple[range, ...] | None:
     if not isinstance(cuts, list):
         return None
     bounds = [0, *(int(str(cut)) for cut in cuts), source.skeleton.num_blocks]
+    if any(start >= stop for start, stop in pairwise(bounds)):  # it was begun with another model: the ledger will say
+        return None
     return tuple(range(start, stop) for start, stop in pairwise(bounds))
 
 
@@ -129,12 +138,22 @@ def briefs_of(source: Source, topology: Topology) -> Callable[[int], list[Brief]
     tokens_NT = source.calibration.tokens_NT
     shares = split_sequences(len(tokens_NT), source.config.compute.batch, topology.replicas)
     settings: dict[str, Any] = resolved(source.config)
+    # As the ledger has it: what a worker would choose for itself may differ.
+    settings["compute"] |= {"device": source.device_type, "dtype": str(source.skeleton.dtype).removeprefix("torch.")}
+    skeleton, tensors = source.skeleton, source.checkpoint.tensors
+    block_bytes = tuple(
+        sum(tensors[name].num_bytes for name in skeleton.block_names(index).values())
+        for index in range(skeleton.num_blocks)
+    )
+    fingerprint = source.checkpoint.fingerprint()
 
     def briefs(stage: int) -> list[Brief]:
         return [
             Brief(
                 settings=settings,
                 handoff=topology.handoff,
+                source=fingerprint,
+                block_bytes=block_bytes,
                 stage=stage,
                 replica=replica,
                 tokens_NT=tokens_NT[share.start : share.stop].clone(),

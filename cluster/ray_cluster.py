@@ -3,8 +3,9 @@
 import math
 import os
 import signal
+import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
@@ -20,8 +21,8 @@ from pipeline.cluster_config import ClusterConfig
 from pipeline.devices import choose_device, total_bytes
 from pipeline.errors import ConfigError
 
-STORE_BYTES = 512 << 20
-"""Object store of a cluster started here: batches on their way are all that lies in it."""
+ANSWER_SECONDS = 10.0
+"""How long a Ray head may take to accept a connection."""
 
 LOOK_SECONDS = 120.0
 """How long a node may take to answer what it offers: a first Python process there may have to start."""
@@ -43,7 +44,6 @@ class Offer:
     device_bytes: int | None
     """Memory of the smallest device; on CPUs of the smallest node, shared by the workers there."""
 
-    num_nodes: int
     shares_files: bool
     """Whether every node sees the run directory."""
 
@@ -64,7 +64,6 @@ def joined(settings: ClusterConfig, num_workers: int) -> Iterator[None]:
             ray.init(
                 address="local",
                 num_cpus=cores,
-                object_store_memory=STORE_BYTES,
                 include_dashboard=False,
                 _system_config=EMPTY_AT_ONCE,
             )
@@ -78,13 +77,17 @@ def joined(settings: ClusterConfig, num_workers: int) -> Iterator[None]:
 def _join(address: str) -> bool:
     """Join a running cluster; False where `auto` finds none. Raises ConfigError where a named one is not there."""
     try:
+        if address != "auto":
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), ANSWER_SECONDS).close()
         ray.init(address=address)
-    except ConnectionError as error:
-        if address == "auto":
+    except (OSError, RuntimeError, ValueError) as error:
+        if address == "auto" and isinstance(error, ConnectionError):
             return False
         raise ConfigError(
-            f"cluster.address: no Ray cluster answers at {address} ({str(error).splitlines()[0]}); start one there "
-            "(`ray start --head`), or use auto, or local for one on this machine"
+            f"cluster.address: no Ray cluster that this machine is part of answers at {address} "
+            f"({str(error).splitlines()[0]}); it is the HOST:PORT of a head (`ray start --head`); this machine runs "
+            "`ray start --address=HOST:PORT`; or use auto, or local for a cluster here alone"
         ) from None
     return True
 
@@ -94,6 +97,11 @@ def look_round(settings: ClusterConfig, asked_device: str, run_directory: Path) 
     nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     has_gpus = any(node["Resources"].get("GPU", 0) > 0 for node in nodes)
     gpus = settings.gpus if settings.gpus != "auto" else float(has_gpus and asked_device != "cpu")
+    if settings.replicas not in ("auto", 1) and 0 < gpus < 1:
+        raise ConfigError(
+            f"cluster.gpus: {gpus:g} of an accelerator for each of {settings.replicas} replicas; they sum over NCCL, "
+            "which takes one process a device: ask for 1, or for one replica"
+        )
     bundle: dict[str, float] = {"CPU": settings.cpus} | ({"GPU": gpus} if gpus else {})
     slots = {node["NodeID"]: _slots(node["Resources"], bundle) for node in nodes}
     if not any(slots.values()):
@@ -106,26 +114,44 @@ def look_round(settings: ClusterConfig, asked_device: str, run_directory: Path) 
     sign = run_directory / f".shared.{token_hex(8)}.tmp"
     sign.touch()
     try:
-        seen = ray.get(
-            [_look_from(node, settings, gpus, sign) for node, room in slots.items() if room], timeout=LOOK_SECONDS
-        )
+        asked = [_look_from(node, settings, gpus, sign) for node, room in slots.items() if room]
+        ready, late = ray.wait(asked, num_returns=len(asked), timeout=LOOK_SECONDS)
+        for task in late:  # its accelerators are in use: the job waits for them, but need not know them
+            ray.cancel(task, force=True)
+        seen = _answers(ready)
     finally:
         sign.unlink()
+    if not seen:
+        raise ConfigError(
+            f"none of {len(asked)} nodes with room for a worker of {_listed(bundle)} answered in {LOOK_SECONDS:g} s: "
+            "their accelerators are in use, or they are out of reach; look at `ray status`, and run again"
+        )
     return Offer(
         num_slots=sum(slots.values()),
         bundle=bundle,
         device_type=seen[0][0],
         device_bytes=min(size for _, size, _ in seen),
-        num_nodes=len(nodes),
-        shares_files=all(sees for _, _, sees in seen),
+        shares_files=len(seen) == len(asked) and all(sees for _, _, sees in seen),
     )
 
 
 def make_depot(directory: Path) -> ActorHandle[Any]:
     """Make the actor that takes shards in, on this node."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    depot: ActorHandle[Any] = ray.remote(Depot).options(num_cpus=0, scheduling_strategy=here).remote(directory)  # type: ignore[assignment]
+    actor_class: Any = ray.remote(Depot)
+    depot: ActorHandle[Any] = actor_class.options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote(
+        directory
+    )
     return depot
+
+
+def _answers(ready: "list[ray.ObjectRef[tuple[str, int, bool]]]") -> list[tuple[str, int, bool]]:
+    """Return what nodes have answered; one that was lost meanwhile has not."""
+    seen = []
+    for answer in ready:
+        with suppress(ray.exceptions.RayError):
+            seen.append(ray.get(answer))
+    return seen
 
 
 def _look_from(node: str, settings: ClusterConfig, gpus: float, sign: Path) -> "ray.ObjectRef[tuple[str, int, bool]]":
@@ -140,7 +166,9 @@ def _look_from(node: str, settings: ClusterConfig, gpus: float, sign: Path) -> "
 def _look(device: str, sign: Path) -> tuple[str, int, bool]:
     """Return, from a node: the type of its device, the bytes it has, and whether a file of the coordinator is seen."""
     found = choose_device(device)
-    return found.type, total_bytes(found), sign.exists()
+    with suppress(OSError):
+        return found.type, total_bytes(found), sign.exists() and os.access(sign.parent, os.W_OK)
+    return found.type, total_bytes(found), False
 
 
 def _slots(offered: Mapping[str, float], bundle: Mapping[str, float]) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorUnavailableError, RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -30,6 +30,9 @@ LONGEST_POLL = 5.0
 PLACEMENT_POLL = 0.1
 """Seconds between looks whether a stage has got its resources."""
 
+LONGEST_BEGINNING = 600.0
+"""Seconds that a worker's process may take to come up: the first one on a node imports from a cold disk."""
+
 GATHERING = 1.0
 """Seconds in which the failures of a stage's replicas are gathered before it is ended and they are told together."""
 
@@ -41,9 +44,16 @@ class _Running:
     assignment: Assignment
     placement: PlacementGroup
     actors: list[ActorHandle[Any]] = field(default_factory=list)
+    work: dict[ray.ObjectRef[None], int] = field(default_factory=dict)
+    """The end of each replica's work, to come."""
+
     polls: dict[ray.ObjectRef[list[Event]], int] = field(default_factory=dict)
     """The outstanding question for events of each replica."""
 
+    taken: dict[int, int] = field(default_factory=dict)
+    """How many events of each replica have arrived here."""
+
+    placed_at: float = 0.0
     begun: set[int] = field(default_factory=set)
     received: int = 0
     ended: set[int] = field(default_factory=set)
@@ -92,7 +102,7 @@ class RayRuntime:
         """Tell a stage that its commit is durable."""
         running = self._stages.get(stage)
         if running is not None and running.assignment.attempt == attempt and running.actors:
-            running.actors[0].acknowledge.remote(block, go_on)
+            reliable(running.actors[0].acknowledge).remote(block, go_on)
 
     def poll(self, seconds: float) -> list[Event]:
         """Return what has happened, waiting at most so long for something to happen."""
@@ -108,24 +118,28 @@ class RayRuntime:
         """Begin every stage whose resources are there; one whose resources go before it has begun has failed."""
         events: list[Event] = []
         for stage, running in self._stages.items():
-            if running.has_begun:
+            if running.has_begun or running.failures:
                 continue
-            there = running.placement.wait(0)
-            if there and not running.actors:
+            state = placement_group_table(running.placement)["state"]
+            if state == "CREATED" and not running.actors:
                 self._begin(running)
                 events.append(Placed(stage=stage, attempt=running.assignment.attempt, nodes=_nodes(running.placement)))
-            elif running.actors and not there and not running.failures:
+            elif running.actors and state == "RESCHEDULING":
                 self._fail(running, Failure(replica=0, message="its node was lost before it had begun", fatal=False))
+            elif running.actors and time.monotonic() - running.placed_at > LONGEST_BEGINNING:
+                late = f"its process had not begun {LONGEST_BEGINNING:g} s after it had its resources"
+                self._fail(running, Failure(replica=0, message=late, fatal=False))
         return events
 
     def _begin(self, running: _Running) -> None:
         assignment = running.assignment
+        running.placed_at = time.monotonic()
         running.actors = [self._make(running, brief) for brief in self._briefs(assignment.stage)]
         address = running.actors[0].address.remote() if len(running.actors) > 1 else None
         self._connect(assignment.stage)
         self._connect(assignment.stage - 1)
         for replica, actor in enumerate(running.actors):
-            actor.run.remote(assignment, address)
+            running.work[actor.run.remote(assignment, address)] = replica
             self._ask(running, replica)
 
     def _make(self, running: _Running, brief: Brief) -> ActorHandle[Any]:
@@ -148,18 +162,19 @@ class RayRuntime:
         sender, receiver = self._stages.get(stage), self._stages.get(stage + 1)
         for replica, actor in enumerate(sender.actors if sender is not None else []):
             if receiver is None or receiver.assignment.input != "stream":
-                actor.connect.remote(None)
+                reliable(actor.connect).remote(None)
             elif receiver.actors:
-                actor.connect.remote(receiver.actors[replica])
+                reliable(actor.connect).remote(receiver.actors[replica])
             else:
-                actor.hold.remote()
+                reliable(actor.hold).remote()
 
     def _ask(self, running: _Running, replica: int) -> None:
-        running.polls[running.actors[replica].events.remote(LONGEST_POLL)] = replica
+        asked = reliable(running.actors[replica].events).remote(LONGEST_POLL, running.taken.get(replica, 0))
+        running.polls[asked] = replica
 
     def _answered(self, seconds: float) -> list[Event]:
         """Wait for answers to the outstanding questions, take all that have come, and ask again."""
-        asked = {ref: running for running in self._stages.values() for ref in running.polls}
+        asked = {ref: running for running in self._stages.values() for ref in (*running.polls, *running.work)}
         placing = any(not running.has_begun for running in self._stages.values())
         failing = any(running.failures for running in self._stages.values())
         seconds = min(seconds, PLACEMENT_POLL) if placing or failing else seconds
@@ -173,7 +188,10 @@ class RayRuntime:
             events += self._take(asked[ref], ref)
         return events
 
-    def _take(self, running: _Running, ref: "ray.ObjectRef[list[Event]]") -> list[Event]:
+    def _take(self, running: _Running, ref: Any) -> list[Event]:
+        if ref in running.work:
+            self._hear_end(running, ref)
+            return []
         replica = running.polls.pop(ref)
         try:
             told = ray.get(ref)
@@ -184,10 +202,21 @@ class RayRuntime:
         except RayActorError as error:
             self._fail(running, Failure(replica=replica, message=_why_dead(error), fatal=False))
             return []
+        running.taken[replica] = running.taken.get(replica, 0) + len(told)
         events = [event for one in told for event in self._translate(running, one)]
         if replica not in running.ended:
             self._ask(running, replica)
         return events
+
+    def _hear_end(self, running: _Running, ref: "ray.ObjectRef[None]") -> None:
+        """Hear that a replica's work has ended: its events tell how, unless it could not even begin."""
+        replica = running.work.pop(ref)
+        try:
+            ray.get(ref)
+        except RayTaskError as error:
+            self._fail(running, Failure(replica=replica, message=str(error.cause), fatal=False))
+        except RayActorError:
+            return  # nobody answers the question for events either
 
     def _translate(self, running: _Running, event: Event) -> list[Event]:
         """Turn what one replica tells into what the coordinator hears of the stage."""
@@ -233,6 +262,11 @@ class RayRuntime:
         for actor in running.actors:
             ray.kill(actor)
         remove_placement_group(running.placement)
+
+
+def reliable(method: Any) -> Any:
+    """Return an actor's method that is tried again where the actor is out of reach but not dead; it may run twice."""
+    return method.options(max_task_retries=-1)
 
 
 def _nodes(placement: PlacementGroup) -> tuple[str, ...]:

@@ -79,8 +79,9 @@ class Group:
     def __enter__(self) -> "Group":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.leave()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if kind is None:  # after an error the others may be in a sum, and leaving would wait for them: the process ends
+            self.leave()
 
     def sum(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replace each tensor, in place, by its sum over all replicas: ((rank 0 + rank 1) + rank 2) + …

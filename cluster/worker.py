@@ -8,6 +8,7 @@ blocks     committed ones are replayed, the others pruned; each commit waits unt
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from socket import gethostname
 from threading import Event as Flag
 from time import time
 from typing import Any
@@ -20,7 +21,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.cluster_config import Handoff
 from pipeline.config import parse_config
 from pipeline.devices import choose_device, choose_dtype
-from pipeline.errors import RunStopped
+from pipeline.errors import CheckpointError, RunStopped
 from pipeline.inputs import embed_tokens, pass_dense_stream, run_dense_blocks
 from pipeline.job import model_directory_of, order_of
 from pipeline.ledger import Commit
@@ -44,6 +45,12 @@ class Brief:
     """The run's configuration as plain data."""
 
     handoff: Handoff
+    source: str
+    """Fingerprint of the model to prune."""
+
+    block_bytes: tuple[int, ...]
+    """Weights of each block, as stored."""
+
     stage: int
     replica: int
     tokens_NT: torch.Tensor
@@ -61,10 +68,14 @@ class Worker:
         self._ready_to_receive = Flag()
         self._assignment: Assignment
 
-    def receive(self, stream: StreamName, start: int, hidden_BTD: torch.Tensor) -> None:
+    def find_model(self) -> None:
+        """Fetch the model where this node does not have it yet."""
+        model_directory_of(self._config)
+
+    def receive(self, stream: str, start: int, hidden_BTD: torch.Tensor) -> None:
         """Take a batch that begins at sequence `start` from the stage before; ignores what it does not wait for."""
         self._ready_to_receive.wait()
-        boundary = self._arriving.get(stream)
+        boundary = next((b for name, b in self._arriving.items() if name == stream), None)
         if boundary is None or boundary.complete:
             return
         boundary.put(slice(start, start + len(hidden_BTD)), hidden_BTD)
@@ -88,6 +99,11 @@ class Worker:
         self._assignment = assignment
         progress = PhaseReporter(assignment, self._brief.replica, self._report)
         with closing(Checkpoint.open(model_directory_of(self._config))) as checkpoint:
+            if checkpoint.fingerprint() != self._brief.source:
+                raise CheckpointError(
+                    f"{checkpoint.directory} on {gethostname()} is another model than the coordinator's: config.json "
+                    "or a shard's header differs; every node needs the same files, or a hub revision that is a commit"
+                )
             device = choose_device(self._config.compute.device)
             dtype = choose_dtype(self._config.compute.dtype, device, checkpoint.matrix_dtype())
             skeleton = Skeleton(checkpoint, device, dtype)
@@ -180,7 +196,7 @@ class EventBook:
             go_on.fill_(self.acknowledged(commit.block))
         self.peers.broadcast(go_on, owner=0)
         if not go_on:
-            raise RunStopped(f"stage {self.assignment.stage} was told to stop")
+            raise RunStopped(f"stage {self.assignment.stage} was told to stop after a block")
 
     def done(self, block: int, watch: Stopwatch) -> None:
         """Report what propagating took."""

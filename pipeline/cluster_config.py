@@ -20,9 +20,9 @@ class ClusterConfig(BaseModel):
     stages: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Into how many ranges the blocks are split, each with workers of its own."""
 
-    replicas: int = Field(default=1, ge=1)
+    replicas: Literal["auto"] | Annotated[int, Field(ge=1)] = 1
     """Workers of each stage; they split the calibration sequences. Changes BESA's mini-batches and the rounding of
-    Gram matrices, so it is part of the run's identity."""
+    Gram matrices, so it is part of the run's identity; `auto` is 1, and says what more would give."""
 
     handoff: Handoff = "pruned"
     """`pruned`: the next stage starts from what the pruned blocks make, as one process would; `dense`: from what

@@ -42,3 +42,9 @@ def total_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return int(psutil.virtual_memory().total)
+
+
+def empty_cache(device: torch.device) -> None:
+    """Give back device memory that torch keeps for later; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pipeline.activations import Boundary, Outlet, batches
+from pipeline.activations import Boundary, Outlet, batches, require_finite
 from pipeline.devices import free_bytes
 from pipeline.skeleton import Skeleton
 from pipeline.stream import Stream
@@ -45,19 +45,22 @@ def pass_dense_stream(skeleton: Skeleton, boundary: Boundary, blocks: range, bat
     """
     stream = Stream(skeleton, skeleton.checkpoint)
     resident = can_hold(skeleton, blocks)
+    keep_on = skeleton.device if resident else torch.device("cpu")
     num_rounds = 1 if resident else STREAMED_ROUNDS
     size = batch if resident else -(-boundary.num_sequences // (num_rounds * batch)) * batch
     for sequences in batches(boundary.num_sequences, size):
         parts = _parts(sequences, batch)
         for index in blocks if resident else blocks[:1]:
             _load(skeleton, index)  # before waiting for what arrives: all stages read at once
-        hidden = [boundary.read(part, skeleton.device) for part in parts]
+        hidden = [boundary.read(part, keep_on) for part in parts]
         for index in blocks:
             _load(skeleton, index)
-            hidden = [stream.run_block(index, hidden_BTD) for hidden_BTD in hidden]
+            for i, hidden_BTD in enumerate(hidden):
+                hidden[i] = stream.run_block(index, hidden_BTD.to(skeleton.device)).to(keep_on)
             if not resident:
                 skeleton.release_block(index)
         for part, hidden_BTD in zip(parts, hidden, strict=True):
+            require_finite(hidden_BTD, f"dense block {blocks[-1]}")
             outlet.send("dense", part, hidden_BTD)
     if resident:
         for index in blocks:

@@ -16,7 +16,7 @@ from pipeline.assemble import assemble
 from pipeline.calibration import CalibrationSet, load_calibration, require_positions
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import RunConfig, resolved
-from pipeline.devices import choose_device, choose_dtype
+from pipeline.devices import choose_device, choose_dtype, empty_cache
 from pipeline.errors import RunStopped
 from pipeline.evaluate import evaluate, load_windows
 from pipeline.hub import fetch_model
@@ -81,7 +81,8 @@ def open_source(config: RunConfig, device_type: str | None = None) -> Iterator[S
     if config.compute.threads is not None:
         torch.set_num_threads(config.compute.threads)
     with closing(Checkpoint.open(directory)) as checkpoint:
-        device = choose_device(config.compute.device if device_type is None else "auto")
+        asked = config.compute.device if device_type is None else "cpu" if device_type == "cpu" else "auto"
+        device = choose_device(asked)
         device_type = device_type or device.type
         dtype = choose_dtype(config.compute.dtype, torch.device(device_type), checkpoint.matrix_dtype())
         skeleton = Skeleton(checkpoint, device, dtype)
@@ -106,6 +107,7 @@ def open_job(source: Source, progress: Progress, stop_asked: StopAsked, scheme: 
 
 def finish(job: Job) -> Report:
     """Make the model directory of a job whose blocks are all committed, evaluate it, and write the report."""
+    remove_leftovers(job.model_directory)  # of workers that were killed while they wrote
     assemble(job.skeleton, job.ledger, job.model_directory, provenance(job))
     evaluate_job(job, "after")
     report = build_report(job.ledger, job.skeleton.num_blocks, job.skeleton.device)
@@ -194,5 +196,6 @@ def evaluate_job(job: Job, when: str) -> None:
         skeleton = Skeleton(checkpoint, job.skeleton.device, job.skeleton.dtype)
         task = f"evaluate {when}"
         perplexity = evaluate(skeleton, windows_WL, job.config.compute.batch, job.progress, task, job.stop_if_asked)
+    empty_cache(job.skeleton.device)  # workers may be about to use it
     job.ledger.record(name, {"perplexity": perplexity, "on": text})
     job.progress.say(f"perplexity {when}: {perplexity:.2f}")
