@@ -169,7 +169,7 @@ class RayRuntime:
                 reliable(actor.hold).remote()
 
     def _ask(self, running: _Running, replica: int) -> None:
-        asked = reliable(running.actors[replica].events).remote(LONGEST_POLL, running.taken.get(replica, 0))
+        asked = running.actors[replica].events.remote(LONGEST_POLL, running.taken.get(replica, 0))
         running.polls[asked] = replica
 
     def _answered(self, seconds: float) -> list[Event]:
