@@ -169,7 +169,9 @@ class RayRuntime:
                 reliable(actor.hold).remote()
 
     def _ask(self, running: _Running, replica: int) -> None:
-        asked = running.actors[replica].events.remote(LONGEST_POLL, running.taken.get(replica, 0))
+        asked: ray.ObjectRef[list[Event]] = running.actors[replica].events.remote(
+            LONGEST_POLL, running.taken.get(replica, 0)
+        )
         running.polls[asked] = replica
 
     def _answered(self, seconds: float) -> list[Event]:
