@@ -228,9 +228,8 @@ def command_over_ray(settings: dict[str, Any], signals: Mapping[str, list[int]] 
     config = Path(settings["output"] + ".yaml")
     config.write_text(yaml.safe_dump(settings))
     inherited = {name: os.environ[name] for name in (*QUIET, RAY_JOB_CONFIG_JSON_ENV_VAR, "RAY_TMPDIR")}
-    environment = inherited | {
-        "RAY_gcs_rpc_server_reconnect_timeout_s": "5"
-    }  # agents whose cluster is dead try so long
+    # Agents whose cluster is dead try so long to reach it.
+    environment = inherited | {"RAY_gcs_rpc_server_reconnect_timeout_s": "5"}
     return Child(_command_over_ray, environment, ["run", str(config)], Path(settings["output"] + ".log"), dict(signals))
 
 
