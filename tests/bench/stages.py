@@ -1,6 +1,6 @@
 """Time and quality of a job over 1 to 5 stages on this machine, both handoffs, beside what was forecast.
 
-    python -m tests.bench.stages MODEL --calibrate valid.txt --evaluate test.txt [--recipe wanda]
+    python -m tests.bench.stages MODEL --calibrate valid.txt [--evaluate test.txt] [--recipe wanda]
 
 Every worker has one thread, so no more workers are at work than there are cores: stages beyond that share them, which
 the forecast (made from the run of one worker) does not know. Time is from the first phase of a worker to the last.
@@ -40,7 +40,9 @@ LOCAL = Links(handoff_bytes_per_s=1e9, allreduce_bytes_per_s=1e9)
 def settings(asked: argparse.Namespace, recipe: str, output: str, layout: tuple[Handoff, int, int]) -> dict[str, Any]:
     """Return a run's configuration as plain data."""
     handoff, stages, replicas = layout
+    heldout = {} if asked.evaluate is None else {"text": str(asked.evaluate.absolute()), "windows": 24}
     return {
+        "evaluate": heldout or None,
         "model": str(asked.model.absolute()),
         "output": output,
         "calibration": {
@@ -48,7 +50,6 @@ def settings(asked: argparse.Namespace, recipe: str, output: str, layout: tuple[
         },
         "prune": {"sparsity": 0.5, "recipe": [recipe]},
         "compute": {"dtype": "float32", "threads": 1, "batch": BATCH},
-        "evaluate": {"text": str(asked.evaluate.absolute()), "sequence_length": 512, "windows": 24},
         "cluster": {"address": "local", "handoff": handoff, "stages": stages, "replicas": replicas},
     }  # fmt: skip
 
@@ -82,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--calibrate", type=Path, required=True)
-    parser.add_argument("--evaluate", type=Path, required=True)
+    parser.add_argument("--evaluate", type=Path, help="text for perplexities; without it only time is measured")
     parser.add_argument("--recipe", choices=RECIPES, action="append")
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -103,9 +104,10 @@ def main() -> None:
                 weights = report["prunable_weights"] // model["num_hidden_layers"] * 4
                 forecast = expected(alone, layout, weights, model["hidden_size"])
                 handoff, stages, replicas = layout
+                perplexity = report["perplexity_after"]
                 sys.stdout.write(
                     f"| {recipe} | {handoff} | {stages} x {replicas} | {seconds:.1f} | {alone['busy'] / seconds:.2f} | "
-                    f"{forecast.speed_up:.2f} | {report['perplexity_after']:.2f} |\n"
+                    f"{forecast.speed_up:.2f} | {'' if perplexity is None else f'{perplexity:.2f}'} |\n"
                 )
                 sys.stdout.flush()
 
