@@ -282,4 +282,5 @@ def _why_dead(error: RayActorError) -> str:
     """Return the first line of what Ray says about a death that tells its cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "cause" in line.lower() or "died" in line.lower() or "exit" in line.lower()]
-    return (telling or lines or ["the worker died"])[-1]
+    # Ray's guesses at common causes fill a screen and fit every death.
+    return (telling or lines or ["the worker died"])[-1].partition(" Some common causes")[0]
