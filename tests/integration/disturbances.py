@@ -12,21 +12,17 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import ray
-import yaml
 from ray._private.node import Node
-from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._private.state import actors
 from ray.cluster_utils import Cluster
 
@@ -37,10 +33,9 @@ from pipeline.ledger import LEDGER_NAME, Commit, Ledger
 from pipeline.report import Report
 from tests.cluster.ray_session import PROMPT, QUIET, STORE_BYTES, remove
 from tests.integration.clusters import NUM_BLOCKS, Listener, carry_out_there, forked_workers
-from tests.integration.processes import PATIENCE, Child, command, fork_server
+from tests.integration.processes import PATIENCE, fork_server
 
 COMMITTED = "committed"
-NO_SIGNALS: Mapping[str, list[int]] = {}
 WORKERS_A_NODE = 2
 ALERT = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
 """How Ray finds out that a node is gone, sooner than where networks may stumble."""
@@ -223,41 +218,9 @@ def workers() -> list[Victim]:
     return found
 
 
-def command_over_ray(settings: dict[str, Any], signals: Mapping[str, list[int]] = NO_SIGNALS) -> Child:
-    """The `secateur run` command in a process of its own; signals are raised as a line is said that begins so."""
-    config = Path(settings["output"] + ".yaml")
-    config.write_text(yaml.safe_dump(settings))
-    inherited = {name: os.environ[name] for name in (*QUIET, RAY_JOB_CONFIG_JSON_ENV_VAR, "RAY_TMPDIR")}
-    # Agents whose cluster is dead try so long to reach it.
-    environment = inherited | {"RAY_gcs_rpc_server_reconnect_timeout_s": "5"}
-    return Child(_command_over_ray, environment, ["run", str(config)], Path(settings["output"] + ".log"), dict(signals))
-
-
-def log_of(settings: dict[str, Any]) -> str:
-    """What the command has said, the last time it was run."""
-    return Path(settings["output"] + ".log").read_text()
-
-
-def _command_over_ray(reports: Connection, environment: dict[str, str], *arguments: Any) -> None:
-    os.environ.update(environment)
-    command(reports, *arguments)
-
-
-def descendants() -> set[psutil.Process]:
-    """The processes that this one, and those that it has started, have started."""
-    return set(psutil.Process().children(recursive=True))
-
-
 def commits_of(run_directory: Path) -> dict[int, Commit]:
     """The commits of a run, which may not have begun."""
     return Ledger.read(run_directory).commits if (run_directory / LEDGER_NAME).exists() else {}
-
-
-def wait_until(reached: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not reached():
-        assert time.monotonic() < deadline, "it never comes to that"
-        time.sleep(0.02)
 
 
 def shuffled(victims: list[Victim], instants: random.Random) -> list[Victim]:
