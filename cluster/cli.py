@@ -13,7 +13,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from cluster.console import show_report, show_table, shown_progress
+from cluster.console import show_plan, show_report, show_table, shown_progress
+from pipeline.aio import build as build_aio
+from pipeline.aio import is_built
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import ComputeConfig, EvaluateConfig, RunConfig, load_config, validated
 from pipeline.demo_model import fetch_demo_model
@@ -24,14 +26,14 @@ from pipeline.evaluate import evaluate as evaluate_checkpoint
 from pipeline.evaluate import load_windows
 from pipeline.job import model_directory_of
 from pipeline.meter import human_bytes
-from pipeline.plan import make_plan
+from pipeline.plan import make_plan, measure_speeds
 from pipeline.progress import Progress, StopAsked
 from pipeline.report import Report
 from pipeline.run import run as run_pipeline
 from pipeline.skeleton import Skeleton
 from pipeline.verify import verify as verify_run
 
-EXIT_ERROR, EXIT_STOPPED = 1, 75
+EXIT_ERROR, EXIT_REFUSED, EXIT_STOPPED = 1, 3, 75
 """75 (EX_TEMPFAIL): stopped as asked; the same command goes on."""
 
 
@@ -68,23 +70,16 @@ def plan(
     overrides: Override = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a run will need, before any weight is read."""
+    """Say what a run will need and how long it will take, before any weight is read; exits with 3 if it cannot fit."""
     settings = load_config(config_file(config), overrides or [])
-    found = make_plan(settings, model_directory_of(settings))
-    rows = [
-        (
-            "model",
-            f"{found.model_type}, {found.num_blocks} blocks of {found.block_weights:,} prunable weights",
-        ),
-        ("device", f"{found.device}, {found.dtype}: {human_bytes(found.device_bytes)} at the peak"),
-        *((f"  {name}", human_bytes(size)) for name, size in found.terms.items()),
-        ("  or, outside the blocks", human_bytes(found.outside_bytes)),
-        ("host", f"{human_bytes(found.host_bytes)} of hidden states"),
-        ("disk", f"{human_bytes(found.disk_bytes)} for the output"),
-        ("cost", f"{found.forward_passes:.3g} forward passes of the calibration set"),
-    ]
-    show_table(console, "secateur: plan (interpreter and libraries come on top)", rows)
+    directory = model_directory_of(settings)
+    found = make_plan(settings, directory, measure_speeds(settings, directory))
+    show_plan(console, found)
+    if settings.cluster is not None:
+        console.print("These are figures of one worker with all blocks and sequences; a run tells its topology.")
     emit(as_json, found.as_json())
+    if found.refused:
+        raise typer.Exit(EXIT_REFUSED)
 
 
 @app.command()
@@ -135,9 +130,13 @@ def verify(
 @app.command()
 def doctor(
     spool: Annotated[Path, typer.Option(help="Directory whose disk is measured.")] = Path(),
+    build: Annotated[bool, typer.Option("--build", help="First build DeepSpeed's aio, for faster paging.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Examine devices, memory, disk bandwidth and library versions."""
+    """Examine devices, memory, disk bandwidth, I/O engines and library versions."""
+    if build and not is_built():
+        console.print("building DeepSpeed's aio: this takes some minutes, once")
+        build_aio()
     findings = examine(spool)
     marks = {True: "ok  ", False: "BAD ", None: "    "}
     rows = [(f"{marks[f.ok]}{f.name}", f"{f.value}{'  ' + f.advice if f.advice else ''}") for f in findings]

@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.meter import human_bytes, human_seconds, peak_host_bytes
+from pipeline.plan import Plan
 from pipeline.progress import Progress
 from pipeline.report import Report, guidance
 
@@ -177,3 +178,54 @@ def show_table(console: Console, title: str, rows: Sequence[tuple[str, str]]) ->
     for name, value in rows:
         table.add_row(Text(name), Text(value))
     console.print(table)
+
+
+TIERS = {
+    "device": "where blocks run", "pinned": "in page-locked host memory", "host": "in host memory", "disk": "on disk",
+}  # fmt: skip
+
+
+def show_plan(console: Console, plan: Plan) -> None:
+    """Print what each phase of a run needs, the totals, and what was chosen; then why it is refused, if it is."""
+    choice = plan.choice
+    at_once = ", each block propagated while the next one is collected" if choice.fused else ""
+    facts = [
+        ("model", f"{plan.model_type}, {plan.num_blocks} blocks of {plan.block_weights:,} prunable weights"),
+        (
+            "computes",
+            f"on {plan.device} in {plan.dtype}, {plan.forward_passes:.3g} forward passes of the calibration set",
+        ),
+        ("keeps", f"hidden states {TIERS[choice.tier]}{at_once}"),
+        ("reads", "the next block's weights ahead" if choice.ahead else "each block's weights when they are needed"),
+        ("limits", ", ".join(f"{place} {human_bytes(size)}" for place, size in plan.limits.items())),
+        ("output", human_bytes(plan.output_bytes)),
+    ]
+    if plan.seconds is not None:
+        facts.append(("time", f"{human_seconds(plan.seconds)}, most of it spent {_spent(plan.bottleneck)}"))
+    show_table(console, "secateur: plan", facts)
+    console.print(_phase_table(plan))
+    for reason in plan.refused:
+        console.print(f"refused: {reason}", style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def _phase_table(plan: Plan) -> Table:
+    """Peaks of memory by phase, and what a phase takes over the whole run."""
+    table = Table("phase", "device", "host", "spool", "read", "written", "TFLOP", "time", "slowest", box=None)
+    for phase in plan.phases:
+        sizes = (phase.device_bytes, phase.host_bytes, phase.spool_bytes, phase.bytes_read, phase.bytes_written)
+        _add_phase(table, phase.name, sizes, phase.flops, phase.seconds, phase.bottleneck)
+    sizes = (plan.device_bytes, plan.host_bytes, plan.spool_bytes, plan.bytes_read, plan.bytes_written)
+    _add_phase(table, "in all", sizes, plan.flops, plan.seconds, plan.bottleneck)
+    return table
+
+
+def _add_phase(
+    table: Table, name: str, sizes: Sequence[int], flops: float, seconds: float | None, bottleneck: str | None
+) -> None:
+    shown = (human_bytes(size) if size else "" for size in sizes)
+    time = "" if seconds is None else human_seconds(seconds)
+    table.add_row(name, *shown, f"{flops / 1e12:.3g}" if flops else "", time, bottleneck or "")
+
+
+def _spent(bottleneck: str | None) -> str:
+    return "on disk" if bottleneck == "disk" else str(bottleneck)

@@ -13,8 +13,8 @@ from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
 
+from pipeline.durable import atomic_file
 from pipeline.errors import StorageError
-from pipeline.shards import atomic_file
 
 PLAIN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 """No separator, nothing hidden (temporaries are), and neither `.` nor `..`."""

@@ -25,6 +25,7 @@ from pipeline.cluster_config import ClusterConfig
 from pipeline.config import RunConfig, resolved
 from pipeline.job import Job, Scheme, Source, evaluate_job, finish, open_job, open_source, write_report
 from pipeline.ledger import LEDGER_NAME, Ledger, RunLock, refuse_foreign
+from pipeline.memory import unlimited
 from pipeline.progress import Progress, StopAsked
 from pipeline.report import Report
 
@@ -51,7 +52,7 @@ def run_on_cluster(config: RunConfig, progress: Progress, stop_asked: StopAsked)
             if config.evaluate is not None and source.skeleton.device.type != offer.device_type:
                 progress.say(f"perplexity is measured by this process, on {source.skeleton.device}, not by workers")
             topology, expected = _choose_topology(source, settings, offer, progress)
-            job = open_job(source, progress, stop_asked, scheme_of(topology))
+            job = open_job(source, unlimited(), progress, stop_asked, scheme=scheme_of(topology))
             evaluate_job(job, "before")
             _prune(job, settings, offer, topology, expected)
             return finish(job)

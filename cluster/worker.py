@@ -5,8 +5,8 @@ dense      (handoff `dense`) the stage's dense blocks run on its input, for the 
 blocks     committed ones are replayed, the others pruned; each commit waits until it is acknowledged
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from socket import gethostname
 from threading import Event as Flag
@@ -25,11 +25,15 @@ from pipeline.errors import CheckpointError, RunStopped
 from pipeline.inputs import embed_tokens, pass_dense_stream, run_dense_blocks
 from pipeline.job import model_directory_of, order_of
 from pipeline.ledger import Commit
-from pipeline.meter import Stopwatch
+from pipeline.memory import Memory, opened_memory, unlimited
+from pipeline.memory_config import MemoryConfig
+from pipeline.meter import Stopwatch, resident_bytes
 from pipeline.peers import Peers
+from pipeline.plan import choice_for
 from pipeline.progress import Silent
 from pipeline.shelf import Shelf
 from pipeline.skeleton import Skeleton
+from pipeline.spool import spool_directory
 from pipeline.stage import run_stage
 from pipeline.stream import Stream
 from pipeline.transaction import Streams, Transaction
@@ -64,6 +68,7 @@ class Worker:
         self._brief, self._report = brief, report
         self._config = parse_config(dict(brief.settings), "the job's settings")
         self._order = order_of(self._config)
+        self._memory: Memory
         self._arriving: dict[StreamName, ArrivingBoundary] = {}
         self._ready_to_receive = Flag()
         self._assignment: Assignment
@@ -107,33 +112,61 @@ class Worker:
             device = choose_device(self._config.compute.device)
             dtype = choose_dtype(self._config.compute.dtype, device, checkpoint.matrix_dtype())
             skeleton = Skeleton(checkpoint, device, dtype)
-            dense_handoff = self._brief.handoff == "dense"
-            boundary = self._input(skeleton)
+            book = EventBook(assignment, peers, device, self._report, deliver, acknowledged)
+            with self._opened_memory(skeleton) as self._memory, suppress(RunStopped):
+                self._run_stage(skeleton, outlet, shelf, progress, peers, book)
+
+    def _run_stage(
+        self,
+        skeleton: Skeleton,
+        outlet: Outlet,
+        shelf: Shelf,
+        progress: "PhaseReporter",
+        peers: Peers,
+        book: "EventBook",
+    ) -> None:
+        """Bring the input to where the stage begins, and work through its blocks."""
+        assignment, dense_handoff = self._assignment, self._brief.handoff == "dense"
+        with ExitStack() as held:
+            boundary = held.enter_context(self._input(skeleton))
             if dense_handoff:
                 self._bring_dense(skeleton, boundary, outlet, progress)
             streams = self._streams(boundary)
-            transaction = Transaction(skeleton, self._order, streams, shelf, progress, peers)
+            if streams.dense is not None:
+                held.enter_context(streams.dense)
+            transaction = Transaction(skeleton, self._order, streams, shelf, progress, peers, self._memory)
+            held.enter_context(transaction)
             if not dense_handoff and assignment.input == "rebuild":
                 for block in range(assignment.start):
                     transaction.replay(block, assignment.committed[block])
-            book = EventBook(assignment, peers, device, self._report, deliver, acknowledged)
             onward = outlet if assignment.forward and not dense_handoff else None
-            try:
-                run_stage(transaction, range(assignment.start, assignment.stop), assignment.committed, book, onward)
-            except RunStopped:
-                return
+            run_stage(transaction, range(assignment.start, assignment.stop), assignment.committed, book, onward)
+
+    @contextmanager
+    def _opened_memory(self, skeleton: Skeleton) -> Iterator[Memory]:
+        """Open what the `memory` section asks for; its ceilings are those of every worker by itself."""
+        config, device = self._config, skeleton.device
+        if config.memory == MemoryConfig():
+            yield unlimited()
+            return
+        baseline, batch = resident_bytes(), self._order.batch
+        choice = choice_for(config, skeleton, len(self._brief.tokens_NT), baseline)
+        spool = spool_directory(config.memory.spool, config.output)
+        own = spool.with_name(f"{spool.name}-{self._brief.stage}-{self._brief.replica}")
+        with opened_memory(config.memory, choice, own, device, baseline=baseline, batch=batch) as memory:
+            yield memory
 
     def _input(self, skeleton: Skeleton) -> Boundary:
         """Return the boundary that arrives, or boundary 0; from here on batches are taken, or ignored."""
         tokens_NT = self._brief.tokens_NT
         try:
             if self._assignment.input == "rebuild":
-                return embed_tokens(skeleton, tokens_NT, self._order.batch)
+                return embed_tokens(skeleton, tokens_NT, self._order.batch, self._memory.store, "pruned")
             shape = (len(tokens_NT), tokens_NT.shape[1], Stream(skeleton, skeleton.checkpoint).num_features)
             names: list[StreamName] = ["dense"] if self._brief.handoff == "dense" else ["pruned"]
             if self._brief.handoff == "pruned" and self._order.recipe.needs_dense_stream:
                 names.append("dense")
-            self._arriving = {name: ArrivingBoundary(shape, skeleton.dtype) for name in names}
+            self._arriving = {name: self._memory.store.arriving(name, shape, skeleton.dtype) for name in names}
             return self._arriving[names[0]]
         finally:
             self._ready_to_receive.set()
@@ -142,7 +175,7 @@ class Worker:
         dense: Boundary | None = None
         if self._order.recipe.needs_dense_stream:
             arriving = self._arriving.get("dense")
-            dense = Boundary.copy_of(boundary) if arriving is None or arriving is boundary else arriving
+            dense = self._memory.store.copy("dense", boundary) if arriving is None or arriving is boundary else arriving
         return Streams(pruned=boundary, dense=dense)
 
     def _bring_dense(self, skeleton: Skeleton, boundary: Boundary, outlet: Outlet, progress: "PhaseReporter") -> None:
@@ -150,7 +183,7 @@ class Worker:
         start, stop = self._assignment.start, self._assignment.stop
         if self._assignment.input == "rebuild" and start > 0:
             progress.phase(start, "rebuild")
-            run_dense_blocks(skeleton, boundary, range(start), self._order.batch)
+            run_dense_blocks(skeleton, boundary, range(start), self._order.batch, self._memory)
         progress.phase(start, "dense")
         if self._assignment.forward:
             pass_dense_stream(skeleton, boundary, range(start, stop), self._order.batch, outlet)

@@ -11,9 +11,10 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from pipeline.checkpoint import write_index
+from pipeline.durable import write_atomically
 from pipeline.ledger import Ledger
 from pipeline.shard_names import outside_shard
-from pipeline.shards import OutputTensor, read_header, write_atomically, write_shard
+from pipeline.shards import OutputTensor, read_header, write_shard
 from pipeline.skeleton import Skeleton
 
 PROVENANCE = "pruning.json"

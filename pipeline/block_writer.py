@@ -14,6 +14,7 @@ from pipeline.linears import Linear
 from pipeline.methods.step import PrunedLinear
 from pipeline.shards import OutputTensor, WrittenShard, tensor_chunks, write_shard
 from pipeline.skeleton import Skeleton
+from pipeline.sparsity import row_slabs
 
 INTEGERS = {2: torch.int16, 4: torch.int32}
 """Integer dtype of the same size as a stored float."""
@@ -65,15 +66,20 @@ def _pruned_chunks(
 def _put_pruned(skeleton: Skeleton, index: int, stored: str, linear: Linear, pruned: PrunedLinear) -> torch.Tensor:
     """Make one pruned tensor in its stored dtype, put it into the block, and return it, on the CPU.
 
-    Weights that were only masked are taken from the source again, so that kept ones stay as they are to the bit,
-    whatever the compute dtype.
+    Weights that were only masked stay as they are to the bit: they are the block's own where the compute dtype holds
+    every stored value, else they are read from the source again.
     """
-    keep, checkpoint = linear.to_stored(pruned.keep_OD).cpu(), skeleton.checkpoint
-    if pruned.weight_OD is None:
-        tensor = checkpoint.read(stored)
+    keep, dtype = linear.to_stored(pruned.keep_OD).cpu(), skeleton.checkpoint.tensors[stored].dtype
+    own = skeleton.blocks[index].get_parameter(linear.parameter).data
+    if pruned.weight_OD is not None:
+        tensor = linear.to_stored(pruned.weight_OD).to("cpu", dtype).contiguous()
+    elif torch.promote_types(dtype, own.dtype) == own.dtype:
+        tensor = own.to("cpu", dtype)  # itself, where nothing is to be converted
     else:
-        tensor = linear.to_stored(pruned.weight_OD).to("cpu", checkpoint.tensors[stored].dtype).contiguous()
-    # As integers: pruned weights become +0, never -0, and it is several times faster than masked_fill_.
-    tensor.view(INTEGERS[tensor.dtype.itemsize]).mul_(keep)
-    skeleton.blocks[index].get_parameter(linear.parameter).data.copy_(tensor)
+        tensor = skeleton.checkpoint.read(stored)
+    for rows in row_slabs(*tensor.shape):
+        # As integers: pruned weights become +0, never -0, and it is several times faster than masked_fill_.
+        tensor[rows].view(INTEGERS[dtype.itemsize]).mul_(keep[rows])
+    if tensor is not own:
+        own.copy_(tensor)
     return tensor

@@ -19,8 +19,10 @@ from pathlib import Path
 
 import torch
 
+from pipeline.durable import write_atomically
 from pipeline.errors import CheckpointError, UnsupportedCheckpoint
-from pipeline.shards import ShardReader, TensorEntry, hash_file, header_bytes, read_header, write_atomically
+from pipeline.header import replaced
+from pipeline.shards import ShardReader, TensorEntry, hash_file, header_bytes, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -92,6 +94,14 @@ class Checkpoint:
         with self._open_shard(self._find(name)) as reader:
             yield from reader.chunks(name)
 
+    def locate(self, name: str) -> Path:
+        """The file that holds a tensor, for whoever reads it by itself: still the one whose header was checked.
+
+        Raises CheckpointError for an unknown name, or where the file has been replaced.
+        """
+        with self._lock:
+            return self._reader(name).still_there()
+
     def will_need(self, names: Iterable[str]) -> None:
         """Have the kernel read tensors ahead into its page cache, while something else is done; never fails."""
         if sys.platform != "linux":
@@ -154,10 +164,7 @@ class Checkpoint:
     def _open_shard(self, file: str) -> ShardReader:
         reader = ShardReader(self.directory / file)
         if not self._headers[file].items() <= reader.entries.items():
-            raise CheckpointError(
-                f"{reader.path} has been replaced since the checkpoint was opened; while a run reads it, "
-                "its source must stay as it is: start again"
-            )
+            raise replaced(reader.path)
         return reader
 
 

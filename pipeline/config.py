@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 from pipeline.calibration import CalibrationConfig
 from pipeline.cluster_config import ClusterConfig
 from pipeline.errors import ConfigError
+from pipeline.memory_config import MemoryConfig
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.sources import SourceField
 from pipeline.sparsity import Sparsity, Unstructured, parse_sparsity
@@ -161,6 +162,7 @@ class RunConfig(Section):
     calibration: CalibrationConfig = CalibrationConfig()
     prune: PruneConfig = PruneConfig()
     compute: ComputeConfig = ComputeConfig()
+    memory: MemoryConfig = MemoryConfig()
     evaluate: EvaluateConfig | None = None
     cluster: ClusterConfig | None = None
     """Where the blocks are spread over many workers; this process alone when absent."""

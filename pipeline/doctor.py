@@ -1,30 +1,32 @@
-"""What this machine offers: versions, devices, memory, how fast its disk and its arithmetic really are.
+"""What this machine offers: versions, devices, memory, I/O engines, how fast its disk and its arithmetic really are.
 
-Everything is measured or asked here and nothing is printed; the command line draws the table. A check that
-fails becomes a finding with its way out, never an exception.
+Everything is asked here, or measured by pipeline/probes.py; nothing is printed, and nothing built. The command line
+draws the table. A check that fails becomes a finding with its way out, never an exception.
 """
 
 import importlib.metadata
 import importlib.util
-import io
 import os
 import platform
 import shutil
 import sys
-import tempfile
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 
 import psutil
 import torch
 
+from pipeline.aio import AioPager, is_built, is_installed
 from pipeline.devices import choose_device
+from pipeline.errors import StorageError
+from pipeline.pagers import BUILD, INSTALL, why_not_aio
+from pipeline.paging import Pager, ThreadPager
+from pipeline.probes import copy_speed, disk_speed, matmul_flops
 
 LIBRARIES = ("torch", "transformers", "datasets", "safetensors")
 OLDEST_PYTHON = (3, 11)
 GIB = 1 << 30
-IO_PIECE_BYTES = 8 << 20
 # Below this the disk, not the arithmetic, will set a paged run's pace.
 SLOW_DISK_BYTES_PER_SECOND = 500e6
 
@@ -67,6 +69,7 @@ def examine(
         _host_memory(),
         *_spool(spool, disk_bytes),
         *_arithmetic(device, size),
+        *_copies(device),
     ]
 
 
@@ -126,18 +129,42 @@ def _host_memory() -> Finding:
 
 
 def _spool(spool: Path, num_bytes: int) -> list[Finding]:
-    """Free space and bandwidth where the spool is, or will be."""
+    """Free space where the spool is, or will be, and what each I/O engine makes of its disk."""
     try:
         directory = next(path for path in (spool, *spool.absolute().parents) if path.exists())
         free = shutil.disk_usage(directory).free
-        write_seconds, read_seconds = _disk_seconds(directory, num_bytes)
-    except OSError as error:
+        threads = _bandwidths(directory, ThreadPager(), num_bytes)
+        reason = why_not_aio(directory)
+        aio = [] if reason else _bandwidths(directory, AioPager(directory), num_bytes)
+    except (OSError, StorageError) as error:
         advice = "set memory.spool to a directory this user can write, on a disk with room"
-        return [Finding(name="spool", value=f"{spool}: {error}", ok=False, advice=advice)]
+        return [_deepspeed(""), Finding(name="spool", value=f"{spool}: {error}", ok=False, advice=advice)]
     return [
+        _deepspeed(reason),
         Finding(name="spool", value=f"{spool}, {_gib(free)} free", ok=True, advice=""),
-        _bandwidth("spool write", num_bytes / write_seconds),
-        _bandwidth("spool read", num_bytes / read_seconds),
+        _fact("spool engine", "threads" if reason else "aio"),
+        *aio,
+        *threads,
+    ]
+
+
+def _deepspeed(reason: str) -> Finding:
+    """What there is of DeepSpeed's asynchronous I/O; `reason`: why it cannot be used in the spool."""
+    if not is_installed():
+        return _fact("deepspeed aio", "not installed", f"optional, for faster paging: {INSTALL}, then {BUILD}")
+    if not is_built():
+        return _fact("deepspeed aio", "not built", BUILD)
+    return Finding(
+        name="deepspeed aio", value="built, unusable here" if reason else "built", ok=not reason, advice=reason
+    )
+
+
+def _bandwidths(directory: Path, pager: Pager, num_bytes: int) -> list[Finding]:
+    """What one engine reaches; the pager is closed."""
+    with closing(pager):
+        speeds = disk_speed(directory, pager, num_bytes)
+    return [
+        _bandwidth(f"spool {what}, {pager.name}", speed) for what, speed in zip(("write", "read"), speeds, strict=True)
     ]
 
 
@@ -147,38 +174,6 @@ def _bandwidth(name: str, bytes_per_second: float) -> Finding:
     return _fact(name, f"{bytes_per_second / 1e6:.0f} MB/s", advice)
 
 
-def _disk_seconds(directory: Path, num_bytes: int) -> tuple[float, float]:
-    """Seconds to write `num_bytes` through to the disk, and to read them back from it.
-
-    Random bytes, which no file system can compress; a nameless file, which no crash leaves behind.
-    """
-    payload = memoryview(os.urandom(num_bytes))
-    with tempfile.TemporaryFile(dir=directory) as file:
-        began = perf_counter()
-        for start in range(0, num_bytes, IO_PIECE_BYTES):
-            file.write(payload[start : start + IO_PIECE_BYTES])
-        file.flush()
-        os.fsync(file.fileno())
-        written = perf_counter()
-        _drop_from_page_cache(file)
-        began_read = perf_counter()
-        _read_all(file)
-        return written - began, perf_counter() - began_read
-
-
-def _drop_from_page_cache(file: io.BufferedRandom) -> None:
-    # Where the system has no such call the read may come from memory, and shows as a rate no disk has.
-    if sys.platform == "linux":
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _read_all(file: io.BufferedRandom) -> None:
-    file.seek(0)
-    buffer = bytearray(IO_PIECE_BYTES)
-    while file.readinto(buffer):
-        pass
-
-
 def _arithmetic(device: torch.device, size: int) -> list[Finding]:
     return [_matmul(device, size, dtype) for dtype in (torch.float32, torch.bfloat16)]
 
@@ -186,25 +181,14 @@ def _arithmetic(device: torch.device, size: int) -> list[Finding]:
 def _matmul(device: torch.device, size: int, dtype: torch.dtype) -> Finding:
     name = f"matmul {str(dtype).removeprefix('torch.')} on {device}"
     try:
-        flops = 2 * size**3 / _matmul_seconds(device, size, dtype)
+        flops = matmul_flops(device, dtype, size)
     except RuntimeError as error:  # the device has no such arithmetic, or no room for the matrices
         return Finding(name=name, value=f"fails: {error}", ok=False, advice="set compute.dtype to another type")
     return _fact(name, f"{flops / 1e12:.3g} TFLOP/s")
 
 
-def _matmul_seconds(device: torch.device, size: int, dtype: torch.dtype) -> float:
-    """Seconds of the best of three products of a square matrix with itself, after one to warm up."""
-    # Random numbers: constant matrices draw less power, and a device then runs faster than it will at work.
-    generator = torch.Generator(device).manual_seed(0)
-    left = torch.rand(size, size, dtype=dtype, device=device, generator=generator)
-    seconds = []
-    for _ in range(4):
-        began = perf_counter()
-        left @ left
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        seconds.append(perf_counter() - began)
-    return min(seconds[1:])
+def _copies(device: torch.device) -> list[Finding]:
+    return [] if device.type in ("cpu", "meta") else [_fact("copy to device", f"{copy_speed(device) / 1e9:.1f} GB/s")]
 
 
 def _gib(num_bytes: int) -> str:

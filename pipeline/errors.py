@@ -11,6 +11,7 @@
     │   ├── RunLocked           another process holds it
     │   └── ConfigChanged       it belongs to a run with other settings
     ├── StorageError            the disk is full, unwritable or gone
+    ├── BudgetExceeded          a buffer would pass a ceiling of the `memory` section
     ├── StageFailed             a stage of a cluster job died of what would come again, too often, or found no room
     ├── VerificationError       the written model is not what the ledger says
     └── RunStopped              a signal asked for a stop; the run can go on from its last commit
@@ -65,6 +66,10 @@ class ConfigChanged(RunDirectoryError):
 
 class StorageError(SecateurError):
     """A write failed: the disk is full, unwritable or gone."""
+
+
+class BudgetExceeded(SecateurError):
+    """A buffer that would pass a ceiling of the `memory` section; the message says what holds the rest."""
 
 
 class StageFailed(SecateurError):

@@ -6,6 +6,7 @@ exp(sum of cross-entropies / (windows * (L - 1))).
 
 import math
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from pipeline.activations import Boundary
 from pipeline.calibration import load_tokenizer, require_in_vocabulary, require_positions, text_windows
 from pipeline.config import EvaluateConfig
 from pipeline.errors import CalibrationError, NumericsError
+from pipeline.inputs import embed_tokens, run_dense_block
+from pipeline.memory import Memory
 from pipeline.progress import Progress
 from pipeline.skeleton import Skeleton
 from pipeline.sources import TokensFile, describe, documents, token_ids
@@ -65,6 +68,7 @@ def evaluate(
     progress: Progress,
     task: str,
     between_blocks: Callable[[], None],
+    memory: Memory,
 ) -> float:
     """Return the perplexity of a skeleton's checkpoint on windows_WL (int64: W windows of L tokens).
 
@@ -73,23 +77,17 @@ def evaluate(
     require_in_vocabulary(windows_WL, skeleton.vocab_size, "the evaluation text")
     require_positions(windows_WL.shape[1], skeleton.num_positions, "evaluate.sequence_length")
     stream = Stream(skeleton, skeleton.checkpoint)
-    boundary = Boundary((len(windows_WL), windows_WL.shape[1], stream.num_features), skeleton.dtype)
     progress.begin(task, skeleton.num_blocks, 0)
-    with torch.no_grad(), stream.outside_weights():
-        for rows in boundary.batches(batch):
-            boundary.write(rows, stream.embed(windows_WL[rows]), "the embedding")
-    for index in range(skeleton.num_blocks):
-        progress.phase(index, "evaluate")
-        skeleton.load_block(index, skeleton.checkpoint)
-        with torch.no_grad():
-            for rows in boundary.batches(batch):
-                hidden_BTD = boundary.read(rows, skeleton.device)
-                boundary.write(rows, stream.run_block(index, hidden_BTD), f"block {index}")
-        skeleton.release_block(index)
-        progress.advance(index, "")
-        between_blocks()
-    progress.phase(skeleton.num_blocks - 1, "head")
-    perplexity = _perplexity(stream, boundary, windows_WL)
+    with closing(embed_tokens(skeleton, windows_WL, batch, memory.store, "evaluated")) as boundary:
+        with memory.weights_of(skeleton) as weights:
+            for index in range(skeleton.num_blocks):
+                progress.phase(index, "evaluate")
+                following = index + 1 if memory.ahead and index + 1 < skeleton.num_blocks else None
+                run_dense_block(stream, weights, boundary, index, following, batch)
+                progress.advance(index, "")
+                between_blocks()
+        progress.phase(skeleton.num_blocks - 1, "head")
+        perplexity = _perplexity(stream, boundary, windows_WL)
     progress.end()
     return perplexity
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import MalformedShard
+from pipeline.errors import CheckpointError, MalformedShard
 
 MAX_HEADER_BYTES = 100_000_000
 """A longer header is refused, as the format's own library does: a broken length must not exhaust memory."""
@@ -157,3 +157,11 @@ def build_header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) ->
     content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     content += b" " * (-len(content) % 8)
     return len(content).to_bytes(8, "little") + content
+
+
+def replaced(path: Path) -> CheckpointError:
+    """Return the error of a file that is another one than the file whose header was checked."""
+    return CheckpointError(
+        f"{path} has been replaced since the checkpoint was opened; while a run reads it, its source must stay as it "
+        "is: start again"
+    )

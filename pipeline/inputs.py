@@ -4,20 +4,22 @@ from collections.abc import Sequence
 
 import torch
 
-from pipeline.activations import Boundary, Outlet, batches, require_finite
+from pipeline.activations import Boundary, Outlet, Store, batches, require_finite
 from pipeline.devices import free_bytes
+from pipeline.memory import Memory
 from pipeline.skeleton import Skeleton
 from pipeline.stream import Stream
+from pipeline.weights import BlockWeights
 
 STREAMED_ROUNDS = 4
 """How often a stage reads its weights for the dense pass when it cannot hold all of them: once a round."""
 
 
 @torch.no_grad()
-def embed_tokens(skeleton: Skeleton, tokens_NT: torch.Tensor, batch: int) -> Boundary:
-    """Return boundary 0: the calibration sequences as they enter the first block."""
+def embed_tokens(skeleton: Skeleton, tokens_NT: torch.Tensor, batch: int, store: Store, name: str) -> Boundary:
+    """Return boundary 0, a new one of the store: the sequences as they enter the first block."""
     stream = Stream(skeleton, skeleton.checkpoint)
-    boundary = Boundary((len(tokens_NT), tokens_NT.shape[1], stream.num_features), skeleton.dtype)
+    boundary = store.boundary(name, (len(tokens_NT), tokens_NT.shape[1], stream.num_features), skeleton.dtype)
     with stream.outside_weights():
         for sequences in boundary.batches(batch):
             boundary.write(sequences, stream.embed(tokens_NT[sequences]), "the embedding")
@@ -25,15 +27,26 @@ def embed_tokens(skeleton: Skeleton, tokens_NT: torch.Tensor, batch: int) -> Bou
 
 
 @torch.no_grad()
-def run_dense_blocks(skeleton: Skeleton, boundary: Boundary, blocks: range, batch: int) -> None:
-    """Advance a boundary over dense blocks, one block in memory at a time."""
+def run_dense_blocks(skeleton: Skeleton, boundary: Boundary, blocks: range, batch: int, memory: Memory) -> None:
+    """Advance a boundary over dense blocks, one in memory at a time, and where it fits the next one read ahead."""
     stream = Stream(skeleton, skeleton.checkpoint)
-    for index in blocks:
-        skeleton.load_block(index, skeleton.checkpoint)
-        for sequences in boundary.batches(batch):
-            output = stream.run_block(index, boundary.read(sequences, skeleton.device))
-            boundary.write(sequences, output, f"dense block {index}")
-        skeleton.release_block(index)
+    with memory.weights_of(skeleton) as weights:
+        for index in blocks:
+            following = index + 1 if memory.ahead and index != blocks[-1] else None
+            run_dense_block(stream, weights, boundary, index, following, batch)
+
+
+@torch.no_grad()
+def run_dense_block(
+    stream: Stream, weights: BlockWeights, boundary: Boundary, index: int, following: int | None, batch: int
+) -> None:
+    """Advance a boundary over one block as its checkpoint has it, while the following one is read, if any."""
+    weights.load(index)
+    if following is not None:
+        weights.expect(following)
+    for sequences, hidden_BTD in boundary.stream(batch, stream.device):
+        boundary.write(sequences, stream.run_block(index, hidden_BTD), f"dense block {index}")
+    weights.drop(index)
 
 
 @torch.no_grad()
@@ -72,9 +85,7 @@ def can_hold(skeleton: Skeleton, blocks: Sequence[int]) -> bool:
 
     On a CPU an eighth: other workers on this machine ask the same.
     """
-    tensors = skeleton.checkpoint.tensors
-    names = [name for index in blocks for name in skeleton.block_names(index).values()]
-    numel = sum(torch.Size(tensors[name].shape).numel() for name in names)
+    numel = sum(skeleton.block_numel(index) for index in blocks)
     share = 8 if skeleton.device.type == "cpu" else 2
     return share * numel * skeleton.dtype.itemsize <= free_bytes(skeleton.device)
 

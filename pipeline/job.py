@@ -2,9 +2,10 @@
 
 import json
 import platform
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,19 +16,22 @@ from pydantic import JsonValue
 from pipeline.assemble import assemble
 from pipeline.calibration import CalibrationSet, load_calibration, require_positions
 from pipeline.checkpoint import Checkpoint
+from pipeline.comparison import Measured, compare
 from pipeline.config import RunConfig, resolved
 from pipeline.devices import choose_device, choose_dtype, empty_cache
+from pipeline.durable import remove_leftovers, write_atomically
 from pipeline.errors import RunStopped
 from pipeline.evaluate import evaluate, load_windows
 from pipeline.hub import fetch_model
 from pipeline.ledger import Header, Ledger
+from pipeline.memory import Memory
+from pipeline.order import Order
+from pipeline.plan import Plan
 from pipeline.progress import Progress, StopAsked
 from pipeline.report import REPORT, Report, build_report
-from pipeline.shards import remove_leftovers, write_atomically
 from pipeline.skeleton import Skeleton
 from pipeline.sources import describe
 from pipeline.sparsity import SemiStructured
-from pipeline.transaction import Order
 
 Scheme = Mapping[str, JsonValue]
 """What of the way blocks and sequences are spread determines the bytes; empty where it is as in one process."""
@@ -51,9 +55,17 @@ class Job:
 
     source: Source
     ledger: Ledger
+    memory: Memory
+    plan: Plan | None
+    """What the run is expected to take; None on a cluster, whose workers have memory of their own."""
+
     model_directory: Path
     progress: Progress
     stop_asked: StopAsked
+    is_whole: bool
+    """Whether the run began in this session: only then is its duration to be compared with the plan's."""
+
+    began: float = field(default_factory=time.perf_counter)
 
     @property
     def config(self) -> RunConfig:
@@ -93,7 +105,15 @@ def open_source(config: RunConfig, device_type: str | None = None) -> Iterator[S
         )
 
 
-def open_job(source: Source, progress: Progress, stop_asked: StopAsked, scheme: Scheme | None = None) -> Job:
+def open_job(
+    source: Source,
+    memory: Memory,
+    progress: Progress,
+    stop_asked: StopAsked,
+    *,
+    scheme: Scheme | None = None,
+    plan: Plan | None = None,
+) -> Job:
     """Open or begin the ledger of a source's run; the caller holds the run directory's lock."""
     config = source.config
     ledger = Ledger.open(config.output, header_of(source, scheme or {}))
@@ -102,7 +122,10 @@ def open_job(source: Source, progress: Progress, stop_asked: StopAsked, scheme: 
     model_directory.mkdir(exist_ok=True)
     for written_to in (config.output, model_directory, config.output / "report"):
         remove_leftovers(written_to)
-    return Job(source=source, ledger=ledger, model_directory=model_directory, progress=progress, stop_asked=stop_asked)
+    return Job(
+        source=source, ledger=ledger, memory=memory, plan=plan, model_directory=model_directory,
+        progress=progress, stop_asked=stop_asked, is_whole=not ledger.commits,
+    )  # fmt: skip
 
 
 def finish(job: Job) -> Report:
@@ -110,7 +133,15 @@ def finish(job: Job) -> Report:
     remove_leftovers(job.model_directory)  # of workers that were killed while they wrote
     assemble(job.skeleton, job.ledger, job.model_directory, provenance(job))
     evaluate_job(job, "after")
-    report = build_report(job.ledger, job.skeleton.num_blocks, job.skeleton.device)
+    meter = job.memory.meter
+    measured = Measured(
+        host_bytes=meter.peak_host_bytes,
+        device_bytes=meter.peak_device_bytes,
+        spool_bytes=job.memory.budget.peak("spool"),
+        seconds=time.perf_counter() - job.began if job.is_whole else None,
+    )
+    comparison = {} if job.plan is None else compare(job.plan, measured)
+    report = build_report(job.ledger, job.skeleton.num_blocks, meter, job.memory.traffic, comparison)
     write_report(job, REPORT, json.dumps(report.as_json(), indent=2).encode() + b"\n")
     return report
 
@@ -194,8 +225,8 @@ def evaluate_job(job: Job, when: str) -> None:
     directory = source_directory if when == "before" else job.model_directory
     with closing(Checkpoint.open(directory)) as checkpoint:
         skeleton = Skeleton(checkpoint, job.skeleton.device, job.skeleton.dtype)
-        task = f"evaluate {when}"
-        perplexity = evaluate(skeleton, windows_WL, job.config.compute.batch, job.progress, task, job.stop_if_asked)
+        task, batch = f"evaluate {when}", job.config.compute.batch
+        perplexity = evaluate(skeleton, windows_WL, batch, job.progress, task, job.stop_if_asked, job.memory)
     empty_cache(job.skeleton.device)  # workers may be about to use it
     job.ledger.record(name, {"perplexity": perplexity, "on": text})
     job.progress.say(f"perplexity {when}: {perplexity:.2f}")

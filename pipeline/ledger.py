@@ -26,8 +26,8 @@ from pathlib import Path, PurePosixPath
 
 from pydantic import JsonValue, TypeAdapter
 
+from pipeline.durable import write_atomically
 from pipeline.errors import ConfigChanged, RunDirectoryError, RunLocked, StorageError
-from pipeline.shards import write_atomically
 
 LEDGER_NAME = "ledger.jsonl"
 LOCK_NAME = "lock"

@@ -77,6 +77,10 @@ class Collector:
         """Return what was gathered of a linear's inputs."""
         return self._statistics[self._leader[name]][kind]
 
+    def forget(self, name: str, kind: type[Statistic]) -> None:
+        """Drop what was gathered of a linear's inputs, and with it of all that share them."""
+        del self._statistics[self._leader[name]][kind]
+
     def groups(self) -> list[list[Linear]]:
         """Return the linears grouped by the input they share, in the order they ran."""
         grouped: dict[str, list[Linear]] = {}

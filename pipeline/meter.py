@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 
+import psutil
 import torch
 
 
@@ -28,6 +29,51 @@ class Stopwatch:
             self.seconds[name] = self.seconds.get(name, 0.0) + self._clock() - start
 
 
+class PeakMeter:
+    """High-water marks of memory by phase, as the kernel and the device's allocator keep them.
+
+    Where the kernel cannot be told to begin anew (it can on Linux), a phase's mark is that of the process so far.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.host: dict[str, int] = {}
+        """Resident bytes of this process, by phase; what lies between phases is `other`."""
+
+        self.device: dict[str, int] = {}
+        """Bytes allocated on a CUDA device, by phase; empty elsewhere."""
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure the block as one phase; phases do not nest."""
+        self._take("other")
+        try:
+            yield
+        finally:
+            self._take(name)
+
+    @property
+    def peak_host_bytes(self) -> int:
+        """The highest mark of all phases up to now."""
+        self._take("other")
+        return max(self.host.values())
+
+    @property
+    def peak_device_bytes(self) -> int:
+        """The highest mark of all phases up to now; 0 where the device keeps none."""
+        self._take("other")
+        return max(self.device.values(), default=0)
+
+    def _take(self, name: str) -> None:
+        """Credit the marks since the last time to a phase, and begin anew."""
+        self.host[name] = max(self.host.get(name, 0), peak_host_bytes())
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+        if self._device.type == "cuda":
+            self.device[name] = max(self.device.get(name, 0), peak_device_bytes(self._device))
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+
 def synchronise(device: torch.device) -> None:
     """Wait for work queued on an accelerator; nothing on a CPU."""
     if device.type != "cpu":
@@ -42,6 +88,11 @@ def peak_host_bytes() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return getrusage(RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident_bytes() -> int:
+    """Return the resident memory of this process."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def peak_device_bytes(device: torch.device) -> int:

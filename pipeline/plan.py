@@ -1,28 +1,59 @@
-"""What a run will need, from the configuration and the checkpoint's headers alone.
+"""What a run will need and how long it will take, from its configuration and the checkpoint's headers alone.
 
-The peaks are those of the data this program holds on purpose: weights of one block, statistics, masks, hidden
-states, and the temporaries of the largest step. The interpreter and its libraries come on top.
+    plan = make_plan(config, directory, measure_speeds(config, directory))
+    plan.choice         what the run does with memory
+    plan.refused        why it cannot, and what would do
+
+The plan and the run share every number: what is chosen here is what the run does.
 """
 
+import shutil
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
+from pipeline.budget import Place
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import RunConfig
-from pipeline.devices import choose_device, choose_dtype
-from pipeline.linears import Linear, find_linears
+from pipeline.devices import choose_device, choose_dtype, free_bytes
+from pipeline.errors import BudgetExceeded
+from pipeline.fitting import Limit, Room, choose, preferences, refusal
+from pipeline.footprint import Choice, Phase, Scale, footprint
+from pipeline.memory_config import MemoryConfig
 from pipeline.methods.besa import Besa
-from pipeline.methods.row_sparsity import NUM_CANDIDATES
-from pipeline.methods.sparsegpt import SparseGPT
-from pipeline.methods.step import Step
+from pipeline.pace import Cost, Speeds, costs, probe_speeds
+from pipeline.pagers import open_pager
+from pipeline.recipe import Recipe
 from pipeline.skeleton import Skeleton
-from pipeline.sparsity import SLAB_NUMEL
-from pipeline.statistics import Gram
-from pipeline.stream import Stream
+from pipeline.spool import existing
+from pipeline.work import Workload, likely_groups, shapes_of, weights_of
+
+LATER_BYTES = 50 << 20
+"""Resident once a run is under way and not yet where it is planned: the tokenizer, libraries loaded when needed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedPhase:
+    """One phase of a run."""
+
+    name: str
+    device_bytes: int
+    host_bytes: int
+    spool_bytes: int
+    held: dict[str, int]
+    """What is held, in bytes, wherever it is."""
+
+    bytes_read: int
+    """From disk, over the whole run."""
+
+    bytes_written: int
+    flops: float
+    seconds: float | None
+    bottleneck: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,58 +67,194 @@ class Plan:
 
     device: str
     dtype: str
+    choice: Choice
+    """How memory is used; where the run is refused, the way that takes the least of it."""
+
+    refused: tuple[str, ...]
+    """Why the run cannot be: fact, numbers, rule and way out of each; empty where it can."""
+
+    limits: dict[str, int]
+    """The most that may be held, by place."""
+
     device_bytes: int
-    """Peak of what is held where blocks run, in or outside them; on a CPU this is host memory too."""
+    """Peak of the device's memory; 0 on a CPU, whose memory is the host's."""
 
     host_bytes: int
-    """Peak of what is held in host memory: hidden states, targets, staging."""
+    """Peak of resident host memory, the interpreter and its libraries included."""
 
-    disk_bytes: int
+    spool_bytes: int
+    output_bytes: int
     """Size of the output."""
+
+    phases: tuple[PlannedPhase, ...]
+    bytes_read: int
+    """From disk, over the whole run."""
+
+    bytes_written: int
+    flops: float
+    seconds: float | None
+    """None where speeds were not measured."""
+
+    bottleneck: str | None
+    """What most of the time is spent waiting for: `disk`, `copying` or `computing`."""
 
     forward_passes: float
     """Passes of all calibration sequences through all blocks, counting a backward pass as two."""
-
-    terms: dict[str, int]
-    """What is held while the largest block is pruned, in bytes."""
-
-    outside_bytes: int
-    """What is held before the blocks are: the embedding, and other weights outside the blocks."""
 
     def as_json(self) -> dict[str, Any]:
         """Return plain data."""
         return asdict(self)
 
 
-def make_plan(config: RunConfig, directory: Path) -> Plan:
-    """Work out what a run needs; reads headers and config.json, no weight."""
+def make_plan(config: RunConfig, directory: Path, speeds: Speeds | None, baseline: int | None = None) -> Plan:
+    """Work out what a run needs; reads headers and config.json, no weight.
+
+    `baseline`: host bytes that the process holds before the run takes any; by default what this one holds now, and
+    what it will load yet.
+    """
     with closing(Checkpoint.open(directory)) as checkpoint:
         device = choose_device(config.compute.device)
-        stored = checkpoint.matrix_dtype()
-        dtype = choose_dtype(config.compute.dtype, device, stored)
+        dtype = choose_dtype(config.compute.dtype, device, checkpoint.matrix_dtype())
         skeleton = Skeleton(checkpoint, device, dtype)
-        largest = max(range(skeleton.num_blocks), key=lambda i: _block_numel(skeleton, i))
-        linears = find_linears(skeleton.blocks[largest], config.prune.skip)
-        shapes = {n.name: _shape(skeleton, largest, n) for n in linears}
-        terms = _device_terms(config, skeleton, largest, shapes, dtype)
-        outside = _outside_numel(skeleton) * dtype.itemsize
-        boundary = _boundary_bytes(config, Stream(skeleton, checkpoint).num_features, dtype)
+        scale = scale_of(config, skeleton)
+        held = psutil.Process().memory_info().rss + LATER_BYTES if baseline is None else baseline
+        room = room_for(config, device, held)
+        choice = choose(scale, room, config.memory.activations)
+        refused = () if choice else refusal(scale, room, config.memory.activations, config.prune.target)
+        choice = choice or list(preferences(scale, room, config.memory.activations))[-1]
+        inside = sum(_numel(skeleton, index) for index in range(skeleton.num_blocks))
+        outside = max(0, checkpoint.total_bytes() - inside * scale.stored.itemsize)
+        phases = footprint(scale, choice, held)
         return Plan(
             model_type=skeleton.model.config.model_type,
             num_blocks=skeleton.num_blocks,
-            block_weights=sum(rows * columns for rows, columns in shapes.values()),
+            block_weights=sum(weights_of(group) for group in scale.work.groups),
             device=str(device),
             dtype=str(dtype).removeprefix("torch."),
-            device_bytes=max(sum(terms.values()), outside),
-            host_bytes=boundary * _num_boundaries(config),
-            disk_bytes=checkpoint.total_bytes(),
-            forward_passes=_forward_passes(config),
-            terms=terms,
-            outside_bytes=outside,
+            choice=choice,
+            refused=refused,
+            limits={place: limit.num_bytes for place, limit in room.limits.items()},
+            output_bytes=checkpoint.total_bytes(),
+            forward_passes=_forward_passes(scale.recipe, config.calibration.sequences),
+            **_totals(phases, costs(scale, choice, speeds, outside)),
         )
 
 
-def _block_numel(skeleton: Skeleton, index: int) -> int:
+def choice_for(config: RunConfig, skeleton: Skeleton, num_sequences: int, baseline: int) -> Choice:
+    """Return how one worker of a cluster uses memory for its part of the sequences; raises BudgetExceeded."""
+    scale = scale_of(config, skeleton)
+    scale = replace(scale, work=replace(scale.work, num_sequences=num_sequences), windows=None)
+    room, asked = room_for(config, skeleton.device, baseline), config.memory.activations
+    choice = choose(scale, room, asked)
+    if choice is None:
+        raise BudgetExceeded("\n".join(refusal(scale, room, asked, config.prune.target)))
+    return choice
+
+
+def measure_speeds(config: RunConfig, directory: Path) -> Speeds:
+    """Measure this machine as a run will use it, in some seconds; raises StorageError where its disk refuses."""
+    device, place = choose_device(config.compute.device), existing(config.memory.spool or config.output)
+    with closing(Checkpoint.open(directory)) as checkpoint:
+        dtype = choose_dtype(config.compute.dtype, device, checkpoint.matrix_dtype())
+    if config.compute.threads is not None:
+        torch.set_num_threads(config.compute.threads)
+    with closing(open_pager(config.memory.io, place)) as pager:
+        return probe_speeds(place, pager, device, dtype)
+
+
+def scale_of(config: RunConfig, skeleton: Skeleton) -> Scale:
+    """Return a run in numbers, by its largest block."""
+    checkpoint, model = skeleton.checkpoint, skeleton.model.config
+    largest = max(range(skeleton.num_blocks), key=lambda index: _numel(skeleton, index))
+    block, calibration, evaluate = skeleton.blocks[largest], config.calibration, config.evaluate
+    stored = checkpoint.matrix_dtype()
+    groups = likely_groups(block, config.prune.skip, model.hidden_size)
+    work = Workload(
+        groups=shapes_of(block, groups),
+        hidden=model.hidden_size,
+        num_blocks=skeleton.num_blocks,
+        num_sequences=calibration.sequences,
+        num_tokens=calibration.tokens,
+        batch=config.compute.batch,
+        dtype_bytes=skeleton.dtype.itemsize,
+        stored_bytes=stored.itemsize,
+    )
+    return Scale(
+        work=work,
+        recipe=config.prune.steps,
+        names=tuple(tuple(linear.name for linear in group) for group in groups),
+        block_numel=_numel(skeleton, largest),
+        outside_numel=_outside_numel(skeleton),
+        vocab_size=skeleton.vocab_size,
+        dtype=skeleton.dtype,
+        stored=stored,
+        unified=skeleton.device.type == "cpu",
+        windows=(evaluate.windows, evaluate.sequence_length) if evaluate and evaluate.windows else None,
+    )
+
+
+def room_for(config: RunConfig, device: torch.device, baseline: int) -> Room:
+    """Return what a run may use: its ceilings, and where there are none what this machine has free."""
+    memory, unified = config.memory, device.type == "cpu"
+    free = psutil.virtual_memory().available
+    host = _limit(memory.host, "memory.host", free + psutil.Process().memory_info().rss)
+    limits: dict[Place, Limit] = {"host": host, "spool": _spool_limit(memory, config.output)}
+    if unified and memory.device is not None:
+        limits["host"] = min(host, Limit(num_bytes=memory.device, setting="memory.device"), key=lambda n: n.num_bytes)
+    if not unified:
+        limits["device"] = _limit(memory.device, "memory.device", free_bytes(device))
+    return Room(limits=limits, baseline=baseline, free_host=free, managed=memory.is_managed)
+
+
+def _limit(ceiling: int | None, setting: str, has: int) -> Limit:
+    return Limit(num_bytes=has) if ceiling is None else Limit(num_bytes=ceiling, setting=setting)
+
+
+def _spool_limit(memory: MemoryConfig, output: Path) -> Limit:
+    free = Limit(num_bytes=shutil.disk_usage(existing(memory.spool or output)).free)
+    ceiling = _limit(memory.spool_limit, "memory.spool_limit", free.num_bytes)
+    return min(ceiling, free, key=lambda limit: limit.num_bytes)
+
+
+def _totals(phases: tuple[Phase, ...], spent: list[Cost]) -> dict[str, Any]:
+    """Return the fields of a plan that its phases make up."""
+    footprints = {phase.name: phase for phase in phases}
+    planned = tuple(_planned(cost, footprints.get(cost.name)) for cost in spent)
+    timed = [cost.seconds for cost in spent if cost.seconds is not None]
+    waits: dict[str, float] = {}
+    for cost in spent:
+        if cost.bottleneck is not None:
+            waits[cost.bottleneck] = waits.get(cost.bottleneck, 0.0) + (cost.seconds or 0.0)
+    return {
+        "phases": planned,
+        "device_bytes": max(phase.device_bytes for phase in planned),
+        "host_bytes": max(phase.host_bytes for phase in planned),
+        "spool_bytes": max(phase.spool_bytes for phase in planned),
+        "bytes_read": sum(cost.disk_read for cost in spent),
+        "bytes_written": sum(cost.disk_written for cost in spent),
+        "flops": sum(cost.flops for cost in spent),
+        "seconds": sum(timed) if timed else None,
+        "bottleneck": max(waits, key=lambda name: waits[name]) if waits else None,
+    }
+
+
+def _planned(cost: Cost, phase: Phase | None) -> PlannedPhase:
+    """Join what a phase takes with what it holds; assembling holds nothing that grows with the model."""
+    return PlannedPhase(
+        name=cost.name,
+        device_bytes=phase.bytes_in("device") if phase else 0,
+        host_bytes=phase.bytes_in("host") if phase else 0,
+        spool_bytes=phase.bytes_in("spool") if phase else 0,
+        held={held.what: held.num_bytes for held in phase.held} if phase else {},
+        bytes_read=cost.disk_read,
+        bytes_written=cost.disk_written,
+        flops=cost.flops,
+        seconds=cost.seconds,
+        bottleneck=cost.bottleneck,
+    )
+
+
+def _numel(skeleton: Skeleton, index: int) -> int:
     names = skeleton.block_names(index).values()
     return sum(torch.Size(skeleton.checkpoint.tensors[name].shape).numel() for name in names)
 
@@ -100,53 +267,7 @@ def _outside_numel(skeleton: Skeleton) -> int:
     return max(torch.Size(shape).numel() for shape in shapes)
 
 
-def _shape(skeleton: Skeleton, index: int, linear: Linear) -> tuple[int, int]:
-    stored = skeleton.checkpoint.tensors[skeleton.block_names(index)[linear.parameter]].shape
-    return (stored[1], stored[0]) if linear.transposed else (stored[0], stored[1])
-
-
-def _device_terms(
-    config: RunConfig, skeleton: Skeleton, index: int, shapes: dict[str, tuple[int, int]], dtype: torch.dtype
-) -> dict[str, int]:
-    steps = config.prune.steps.steps
-    numel = sum(rows * columns for rows, columns in shapes.values())
-    largest = max(rows * columns for rows, columns in shapes.values())
-    width = Stream(skeleton, skeleton.checkpoint).num_features
-    tokens = config.compute.batch * config.calibration.tokens
-    widest = max(max(shape) for shape in shapes.values())
-    terms = {
-        "block weights": _block_numel(skeleton, index) * dtype.itemsize,
-        "keep masks": numel,
-        "activations of one batch": tokens * (4 * width + 3 * widest) * dtype.itemsize,
-    }
-    if any(step.statistic is Gram for step in steps):
-        terms["Gram matrices"] = 4 * sum(columns**2 for columns in {c for _, c in shapes.values()}) * 2
-    terms["largest step"] = max(_step_bytes(step, shapes, numel, largest, dtype) for step in steps)
-    return terms
-
-
-def _step_bytes(step: Step, shapes: dict[str, tuple[int, int]], numel: int, largest: int, dtype: torch.dtype) -> int:
-    selection = 4 * largest + 16 * min(largest, SLAB_NUMEL)
-    if isinstance(step, SparseGPT):
-        return 3 * 4 * max(columns for _, columns in shapes.values()) ** 2 + 3 * 4 * largest + dtype.itemsize * numel
-    if isinstance(step, Besa):
-        rows = sum(rows for rows, _ in shapes.values()) if step.granularity == "row" else len(shapes)
-        logits = 10 * 4 * rows * NUM_CANDIDATES  # logits, gradient, softmax, and Prodigy's five tensors
-        return numel * (2 + dtype.itemsize) + 2 * largest * dtype.itemsize + logits + selection
-    return selection
-
-
-def _boundary_bytes(config: RunConfig, num_features: int, dtype: torch.dtype) -> int:
-    return config.calibration.sequences * config.calibration.tokens * num_features * dtype.itemsize
-
-
-def _num_boundaries(config: RunConfig) -> int:
-    """Pruned stream, and where asked the targets and the dense stream (which serves as targets too)."""
-    return 2 if config.prune.steps.needs_targets else 1
-
-
-def _forward_passes(config: RunConfig) -> float:
-    recipe = config.prune.steps
-    collect = 1.0 if recipe.statistics or recipe.needs_targets else 1 / config.calibration.sequences
+def _forward_passes(recipe: Recipe, num_sequences: int) -> float:
+    collect = 1.0 if recipe.statistics or recipe.needs_targets else 1 / num_sequences
     passes = collect + 1.0 + (1.0 if recipe.needs_dense_stream else 0.0)
     return passes + sum(3.0 * step.epochs for step in recipe.steps if isinstance(step, Besa))

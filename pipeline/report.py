@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from pipeline.ledger import Ledger, LinearRecord
-from pipeline.meter import peak_device_bytes, peak_host_bytes
+from pipeline.memory import Traffic
+from pipeline.meter import PeakMeter
 
 REPORT = "report.json"
 
@@ -40,6 +39,15 @@ class Report:
     peak_device_bytes: int
     """High-water marks of the session that finished the run."""
 
+    peaks: dict[str, dict[str, int]]
+    """The same by place (`host`, `device`) and phase; on a cluster those of the coordinator."""
+
+    traffic: dict[str, float]
+    """Bytes of weights and hidden states moved in that session, and seconds spent waiting for them."""
+
+    planned: dict[str, dict[str, float]]
+    """Figures of that session beside those of its plan."""
+
     notes: dict[str, float]
     """Extremes of what the methods noted, such as the largest damping."""
 
@@ -53,7 +61,9 @@ class Report:
         return {**asdict(self), "achieved_sparsity": self.achieved, "guidance": guidance(self.sparsity)}
 
 
-def build_report(ledger: Ledger, num_blocks: int, device: torch.device) -> Report:
+def build_report(
+    ledger: Ledger, num_blocks: int, meter: PeakMeter, traffic: Traffic, planned: dict[str, dict[str, float]]
+) -> Report:
     """Gather the figures of a run whose blocks are all committed."""
     commits = [ledger.commits[index] for index in range(num_blocks)]
     records = [record for commit in commits for record in commit.linears.values()]
@@ -74,8 +84,11 @@ def build_report(ledger: Ledger, num_blocks: int, device: torch.device) -> Repor
         perplexity_after=_perplexity(ledger, "after"),
         seconds=seconds,
         forward_equivalents=sum(seconds.values()) / one_pass if one_pass else None,
-        peak_host_bytes=peak_host_bytes(),
-        peak_device_bytes=peak_device_bytes(device),
+        peak_host_bytes=meter.peak_host_bytes,
+        peak_device_bytes=meter.peak_device_bytes,
+        peaks={"host": dict(meter.host), "device": dict(meter.device)},
+        traffic=asdict(traffic),
+        planned=planned,
         notes=_extremes(records),
     )
 

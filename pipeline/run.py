@@ -1,33 +1,54 @@
 """One process prunes all blocks, going on from the last commit."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from pipeline.activations import Boundary
 from pipeline.config import RunConfig
+from pipeline.errors import BudgetExceeded
 from pipeline.inputs import embed_tokens
-from pipeline.job import Job, evaluate_job, finish, open_job, open_source, order_of
+from pipeline.job import Job, Source, evaluate_job, finish, open_job, open_source, order_of
 from pipeline.ledger import Commit, RunLock, refuse_foreign
-from pipeline.meter import Stopwatch, human_seconds
+from pipeline.memory import Memory, opened_memory
+from pipeline.meter import Stopwatch, human_seconds, resident_bytes
 from pipeline.peers import Alone
+from pipeline.plan import Plan, make_plan, measure_speeds
 from pipeline.progress import Progress, StopAsked
 from pipeline.report import Report
 from pipeline.shelf import ModelDirectory
+from pipeline.spool import spool_directory
 from pipeline.stage import run_stage
 from pipeline.transaction import Streams, Transaction
 
 
-def run(config: RunConfig, progress: Progress, stop_asked: StopAsked) -> Report:
+def run(config: RunConfig, progress: Progress, stop_asked: StopAsked, *, probe: bool = False) -> Report:
     """Prune a model as configured, or go on where an earlier run of the same configuration ended.
 
-    Raises RunStopped once `stop_asked()` is true and the block at hand is committed; every SecateurError leaves the
-    run directory so that the run can be started again.
+    `probe`: whether to measure this machine first, so that the plan says how long it will take. Raises RunStopped once
+    `stop_asked()` is true and the block at hand is committed, and BudgetExceeded, before anything is read, where the
+    ceilings are too low; every SecateurError leaves the run directory so that the run can be started again.
     """
     refuse_foreign(config.output)
-    with RunLock(config.output), open_source(config) as source:
-        job = open_job(source, progress, stop_asked)
+    with RunLock(config.output), open_source(config) as source, _planned_memory(source, probe) as (plan, memory):
+        job = open_job(source, memory, progress, stop_asked, plan=plan)
         evaluate_job(job, "before")
         prune_blocks(job)
         return finish(job)
+
+
+@contextmanager
+def _planned_memory(source: Source, probe: bool) -> Iterator[tuple[Plan, Memory]]:
+    """Plan a run, and open the memory it is to use."""
+    config, directory = source.config, source.checkpoint.directory
+    speeds = measure_speeds(config, directory) if probe else None
+    baseline = resident_bytes()
+    plan = make_plan(config, directory, speeds, baseline)
+    if plan.refused and config.memory.is_managed:
+        raise BudgetExceeded("\n".join(plan.refused))
+    device, batch = source.skeleton.device, config.compute.batch
+    spool = spool_directory(config.memory.spool, config.output)
+    with opened_memory(config.memory, plan.choice, spool, device, baseline=baseline, batch=batch) as memory:
+        yield plan, memory
 
 
 def prune_blocks(job: Job) -> None:
@@ -36,14 +57,18 @@ def prune_blocks(job: Job) -> None:
     remaining = job.ledger.remaining(num_blocks)
     if not remaining:
         return
-    order = order_of(job.config)
-    first = embed_tokens(job.skeleton, job.source.calibration.tokens_NT, order.batch)
-    dense = Boundary.copy_of(first) if order.recipe.needs_dense_stream else None
-    streams = Streams(pruned=first, dense=dense)
-    transaction = Transaction(job.skeleton, order, streams, ModelDirectory(job.model_directory), job.progress, Alone())
+    order, memory, shelf = order_of(job.config), job.memory, ModelDirectory(job.model_directory)
     book = LedgerBook(job, num_committed=remaining.start)
-    book.begin()
-    run_stage(transaction, range(num_blocks), dict(job.ledger.commits), book)
+    with ExitStack() as held:
+        with memory.meter.phase("embed"):
+            tokens_NT = job.source.calibration.tokens_NT
+            first = held.enter_context(embed_tokens(job.skeleton, tokens_NT, order.batch, memory.store, "pruned"))
+        dense = held.enter_context(memory.store.copy("dense", first)) if order.recipe.needs_dense_stream else None
+        streams = Streams(pruned=first, dense=dense)
+        transaction = Transaction(job.skeleton, order, streams, shelf, job.progress, Alone(), memory)
+        held.enter_context(transaction)
+        book.begin()
+        run_stage(transaction, range(num_blocks), dict(job.ledger.commits), book)
     job.progress.end()
 
 

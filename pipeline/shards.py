@@ -9,23 +9,21 @@ import hashlib
 import math
 import mmap
 import os
-import secrets
-import shutil
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from pipeline.errors import CheckpointError, StorageError
-from pipeline.header import TensorEntry, build_header, malformed, parse_header, read_header_bytes
+from pipeline.durable import atomic_file
+from pipeline.errors import CheckpointError
+from pipeline.header import TensorEntry, build_header, malformed, parse_header, read_header_bytes, replaced
 
 __all__ = [
-    "OutputTensor", "ShardReader", "TensorEntry", "WrittenShard", "atomic_file", "hash_file", "header_bytes",
-    "read_header", "remove_leftovers", "tensor_chunks", "write_atomically", "write_shard",
+    "OutputTensor", "ShardReader", "TensorEntry", "WrittenShard", "hash_file", "header_bytes", "read_header",
+    "tensor_chunks", "write_shard",
 ]  # fmt: skip
 
 PIECE_BYTES = 16 * 2**20
@@ -137,6 +135,13 @@ class ShardReader:
         for piece in self._pieces(entry, _staging(entry.num_bytes)):
             yield piece.numpy().data.toreadonly()
 
+    def still_there(self) -> Path:
+        """The path, which still leads to the file that is open here; CheckpointError where it has been replaced."""
+        with _reading(self.path):
+            if not os.path.samestat(os.stat(self.path), os.fstat(self._fd)):
+                raise replaced(self.path)
+        return self.path
+
     def _check_target(self, entry: TensorEntry, target: torch.Tensor) -> None:
         assert target.is_contiguous(), f"the target of {entry.name!r} is not contiguous"
         if tuple(target.shape) != entry.shape:
@@ -216,18 +221,6 @@ def write_shard(path: Path, tensors: Sequence[OutputTensor]) -> WrittenShard:
     return WrittenShard(file=path.name, sha256=digest.hexdigest(), num_bytes=num_bytes)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a small file: whole and durable, or not at all; StorageError where the disk refuses."""
-    with atomic_file(path, len(content)) as write:
-        write(memoryview(content))
-
-
-def remove_leftovers(directory: Path) -> None:
-    """Remove the temporary files that writes killed midway left in `directory`; no write may be under way."""
-    for leftover in directory.glob(".*.tmp"):
-        leftover.unlink()
-
-
 def _exact_chunks(tensor: OutputTensor) -> Iterator[memoryview]:
     """The tensor's chunks as flat bytes; AssertionError (also under `python -O`) unless they add up."""
     num_bytes = 0
@@ -240,58 +233,3 @@ def _exact_chunks(tensor: OutputTensor) -> Iterator[memoryview]:
             f"tensor {tensor.name!r} is {tensor.dtype} {tensor.shape}, {tensor.num_bytes:,} bytes, "
             f"but its chunks held {num_bytes:,}"
         )
-
-
-@contextmanager
-def atomic_file(path: Path, num_bytes: int) -> Iterator[Callable[[memoryview], None]]:
-    """Yield a function that appends flat bytes to a temporary file, which becomes `path` when all went well.
-
-    The file is fsynced, then renamed, then its directory is fsynced: after that a power cut loses nothing.
-    The temporary name is random, so that two writers (one thought dead) can never mix their bytes.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    disk = partial(_storage_errors, path, num_bytes, _free_bytes(path.parent))
-    with disk():
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-
-    def write(piece: memoryview) -> None:
-        with disk():
-            while piece:
-                piece = piece[os.write(fd, piece) :]
-
-    try:
-        yield write
-        with disk():
-            os.fsync(fd)
-            os.replace(temporary, path)
-            _fsync_directory(path.parent)
-    finally:
-        os.close(fd)
-        with suppress(OSError):  # gone after the rename; and no clean-up may hide the first error
-            temporary.unlink()
-
-
-def _fsync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _free_bytes(directory: Path) -> str:
-    try:
-        return f"{shutil.disk_usage(directory).free:,}"
-    except OSError:
-        return "an unknown number"
-
-
-@contextmanager
-def _storage_errors(path: Path, num_bytes: int, free_bytes: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"cannot write {path}: {error.strerror}. It needs {num_bytes:,} bytes, and {free_bytes} were "
-            "free when it began; free space or make the directory writable, then run again"
-        ) from error

@@ -5,7 +5,8 @@ them from a checkpoint and after `release` drops them. Checkpoint names and para
 transformers' own conversion table, in both directions.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -64,6 +65,10 @@ class Skeleton:
         prefix = f"{self.block_prefix}.{index}."
         return {own.removeprefix(prefix): s for own, s in self.stored_name.items() if own.startswith(prefix)}
 
+    def block_numel(self, index: int) -> int:
+        """Return how many numbers a block's tensors hold."""
+        return sum(prod(self.checkpoint.tensors[name].shape) for name in self.block_names(index).values())
+
     def outside_names(self) -> list[str]:
         """Return the checkpoint names of everything that belongs to no block, unknown tensors included."""
         inside = {name for index in range(self.num_blocks) for name in self.block_names(index).values()}
@@ -75,23 +80,29 @@ class Skeleton:
         self.fill(block, self.block_names(index), source)
         return block
 
+    def adopt_block(self, index: int, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+        """Put tensors that have been read (own name -> tensor, any device and float dtype) into a block; return it.
+
+        Raises NumericsError on NaN or Inf.
+        """
+        block: nn.Module = self.blocks[index]
+        names = self.block_names(index)
+        for own, read in tensors.items():
+            tensor = read.to(self.device, non_blocking=True).to(self.dtype_of(index, own))
+            _put(block, own, names[own], tensor)
+        return block
+
+    def dtype_of(self, index: int, own: str) -> torch.dtype:
+        """Return the dtype a block's tensor has in memory: parameters the compute dtype, buffers their own."""
+        return self._dtype_of(*_owner(self.blocks[index], own))
+
     def fill(self, module: nn.Module, names: dict[str, str], source: TensorSource) -> None:
         """Read tensors (own name -> checkpoint name) into a module. Raises NumericsError on NaN or Inf."""
         for own, stored in names.items():
-            owner, leaf = _owner(module, own)
             shape = self.checkpoint.tensors[stored].shape
-            tensor = torch.empty(shape, dtype=self._dtype_of(owner, leaf), device=self.device)
+            tensor = torch.empty(shape, dtype=self._dtype_of(*_owner(module, own)), device=self.device)
             source.read_into(stored, tensor)
-            if not all_finite(tensor):
-                bad = int((~tensor.isfinite()).sum())
-                raise NumericsError(
-                    f"{stored} holds {bad} NaN or Inf of {tensor.numel()} numbers once read as {tensor.dtype}; a "
-                    "model with such weights cannot be pruned: check the download, or compute in float32"
-                )
-            if leaf in owner._parameters:
-                owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-            else:
-                owner._buffers[leaf] = tensor
+            _put(module, own, stored, tensor)
 
     def release(self, module: nn.Module, names: Iterable[str]) -> None:
         """Drop tensors again: parameters go back to the meta device."""
@@ -213,6 +224,21 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, leaf = name.rpartition(".")
     return module.get_submodule(path), leaf
+
+
+def _put(module: nn.Module, own: str, stored: str, tensor: torch.Tensor) -> None:
+    """Make a tensor a parameter or buffer of a module. Raises NumericsError on NaN or Inf."""
+    if not all_finite(tensor):
+        bad = int((~tensor.isfinite()).sum())
+        raise NumericsError(
+            f"{stored} holds {bad} NaN or Inf of {tensor.numel()} numbers once read as {tensor.dtype}; a "
+            "model with such weights cannot be pruned: check the download, or compute in float32"
+        )
+    owner, leaf = _owner(module, own)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor
 
 
 def _check_entry(name: str, shape: tuple[int, ...], dtype: torch.dtype, wanted: tuple[int, ...]) -> None:

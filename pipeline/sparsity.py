@@ -6,7 +6,7 @@ ties by position), never by comparing with a threshold, so a mask always has exa
 Shapes: O = out features (rows), D = in features (columns), N = any number of entries.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
@@ -15,6 +15,9 @@ import torch
 
 SLAB_NUMEL = 1 << 23
 """Scores ranked at once: bounds the temporaries of a selection to some 100 MB, whatever the matrix."""
+
+SELECTION_BYTES = 20
+"""Bytes a score takes while it is ranked: itself, a copy, a position of 8 bytes, and the result."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,15 +89,29 @@ def divides(pattern: Sparsity, num_columns: int) -> bool:
     return isinstance(pattern, Unstructured) or num_columns % pattern.group == 0
 
 
+def row_slabs(num_rows: int, num_columns: int) -> Iterator[slice]:
+    """Split the rows of a matrix into slabs of at most SLAB_NUMEL entries, or of one row where that is longer."""
+    rows_per_slab = max(1, SLAB_NUMEL // num_columns)
+    for start in range(0, num_rows, rows_per_slab):
+        yield slice(start, min(start + rows_per_slab, num_rows))
+
+
+def selection_bytes(num_scores: int) -> int:
+    """Return the temporaries of choosing or ranking by row among that many scores (their float32 included)."""
+    return SELECTION_BYTES * min(num_scores, SLAB_NUMEL)
+
+
+def kept_in_rows(keep_RN: torch.Tensor) -> torch.Tensor:
+    """Return how many entries each row keeps, int64 [R]; counting a whole mask at once would take 9 bytes an entry."""
+    return torch.cat([keep_RN[rows].count_nonzero(dim=1) for rows in row_slabs(*keep_RN.shape)])
+
+
 def map_rows(
     function: Callable[[torch.Tensor], torch.Tensor], matrix_RN: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
     """Apply a function of rows to slabs of rows, so that its temporaries stay bounded; returns [R, N] of `dtype`."""
-    num_rows, num_columns = matrix_RN.shape
-    result_RN = torch.empty(num_rows, num_columns, dtype=dtype, device=matrix_RN.device)
-    rows_per_slab = max(1, SLAB_NUMEL // num_columns)
-    for start in range(0, num_rows, rows_per_slab):
-        rows = slice(start, start + rows_per_slab)
+    result_RN = torch.empty(matrix_RN.shape, dtype=dtype, device=matrix_RN.device)
+    for rows in row_slabs(*matrix_RN.shape):
         result_RN[rows] = function(matrix_RN[rows])
     return result_RN
 
@@ -118,8 +135,8 @@ def _keep_highest_slab(score_RN: torch.Tensor, num_pruned: int) -> torch.Tensor:
     if len(tied_R):
         tied = score_RN[tied_R]
         equal = tied == kth_R1[tied_R]
-        surplus = num_pruned - (tied < kth_R1[tied_R]).sum(dim=1, keepdim=True)
-        keep_RN[tied_R] |= equal & (equal.cumsum(dim=1) > surplus)
+        surplus = num_pruned - (tied < kth_R1[tied_R]).sum(dim=1, keepdim=True, dtype=torch.int32)
+        keep_RN[tied_R] |= equal & (equal.cumsum(dim=1, dtype=torch.int32) > surplus)
     return keep_RN
 
 

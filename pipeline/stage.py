@@ -50,5 +50,6 @@ def run_stage(
         if is_last and outlet is None:
             transaction.drop(block)
         else:
-            transaction.propagate(block, watch, outlet if is_last else None)
+            following = None if is_last or block + 1 in committed else block + 1
+            transaction.propagate(block, watch, outlet if is_last else None, following)
         book.done(block, watch)

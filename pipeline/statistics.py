@@ -23,6 +23,10 @@ class Statistic(Protocol):
     def empty(cls, num_features: int, device: torch.device) -> Self:
         """Return the statistic of no tokens."""
 
+    @classmethod
+    def bytes_of(cls, num_features: int) -> int:
+        """Return what the statistic of that many features takes."""
+
     def update(self, x_TD: torch.Tensor) -> None:
         """Add the tokens of one batch."""
 
@@ -50,6 +54,11 @@ class ColumnSquares:
     def empty(cls, num_features: int, device: torch.device) -> Self:
         """Return the statistic of no tokens."""
         return cls(torch.zeros(num_features, dtype=torch.float64, device=device), 0)
+
+    @classmethod
+    def bytes_of(cls, num_features: int) -> int:
+        """Return 8 bytes a feature."""
+        return 8 * num_features
 
     def update(self, x_TD: torch.Tensor) -> None:
         """Add the tokens of one batch, in float64, a slab of tokens at a time."""
@@ -86,6 +95,11 @@ class Gram:
     def empty(cls, num_features: int, device: torch.device) -> Self:
         """Return the statistic of no tokens."""
         return cls(torch.zeros(num_features, num_features, dtype=torch.float32, device=device), 0)
+
+    @classmethod
+    def bytes_of(cls, num_features: int) -> int:
+        """Return 4 bytes a pair of features."""
+        return 4 * num_features**2
 
     def update(self, x_TD: torch.Tensor) -> None:
         """Add the tokens of one batch, in float32."""

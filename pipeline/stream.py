@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from pipeline.errors import UnsupportedCheckpoint
+from pipeline.lazy_weights import Maker, made_on_demand
 from pipeline.skeleton import Skeleton, TensorSource
 
 Forward = Callable[..., torch.Tensor]
@@ -70,13 +70,13 @@ class Stream:
         return seen
 
     def run_block(
-        self, index: int, hidden_BTD: torch.Tensor, weights: Mapping[str, torch.Tensor] | None = None
+        self, index: int, hidden_BTD: torch.Tensor, weights: Mapping[str, Maker] | None = None
     ) -> torch.Tensor:
-        """Run one block, which must be loaded; `weights` (stored parameter name -> tensor) replace its own."""
+        """Run one block, which must be loaded; `weights` (stored parameter name -> maker) replace its own."""
         block = self._skeleton.blocks[index]
         arguments = self._arguments_for(*hidden_BTD.shape[:2])[index]
-        inputs = (hidden_BTD, *arguments.positional)
-        output = functional_call(block, dict(weights or {}), inputs, dict(arguments.named))
+        with made_on_demand(block, weights or {}):
+            output = block(hidden_BTD, *arguments.positional, **arguments.named)
         hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return hidden
 

@@ -6,8 +6,9 @@
     commit     write the block's shard, fsync, ledger line: from here a crash costs nothing
     propagate  run the pruned block; its outputs are the next boundary
 
-The calibration sequences may be split over several replicas, each with the same block: statistics are summed over
-them, solving is shared, and the first one writes.
+Where both blocks fit, the next one is collected from each batch as it is propagated: hidden states are then read and
+written once a block instead of being read twice. The calibration sequences may be split over several replicas, each
+with the same block: statistics are summed over them, solving is shared, and the first one writes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,33 +18,23 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from pipeline.activations import Boundary, Outlet, batches, require_finite
+from pipeline.activations import Boundary, Outlet, in_memory, require_finite
 from pipeline.block_writer import round_block, write_block
-from pipeline.errors import ConfigError, NumericsError
+from pipeline.errors import NumericsError
 from pipeline.ledger import Commit
-from pipeline.linears import Collector, Linear, find_linears
+from pipeline.linears import Collector, Linear
+from pipeline.memory import Memory
 from pipeline.meter import Stopwatch
+from pipeline.order import Order, check_divides, linears_to_prune
 from pipeline.peers import Peers
 from pipeline.progress import Progress
-from pipeline.recipe import Recipe
 from pipeline.shard_names import block_shard
 from pipeline.shards import ShardReader
 from pipeline.shelf import Shelf
 from pipeline.skeleton import Skeleton
-from pipeline.sparsity import SemiStructured, Sparsity, divides
 from pipeline.statistics import relative_error
 from pipeline.stream import Stream
 from pipeline.workbench import Workbench, apply_recipe
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
-    """What is asked of every block."""
-
-    recipe: Recipe
-    sparsity: Sparsity
-    skip: tuple[str, ...] = ()
-    batch: int = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +48,17 @@ class Streams:
     """Made by the dense blocks so far; kept only when the recipe asks for it."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Begun:
+    """A block that has been read, and of which statistics are gathered."""
+
+    index: int
+    block: nn.Module
+    linears: Sequence[Linear]
+    collector: Collector
+    watch: Stopwatch
+
+
 class Transaction:
     """Prunes blocks one after the other, advancing the streams."""
 
@@ -68,39 +70,55 @@ class Transaction:
         shelf: Shelf,
         progress: Progress,
         peers: Peers,
+        memory: Memory,
     ) -> None:
-        self._skeleton = skeleton
-        self._order = order
-        self._streams = streams
-        self._shelf = shelf
-        self._progress = progress
-        self._peers = peers
+        self._skeleton, self._order, self._streams = skeleton, order, streams
+        self._shelf, self._progress, self._peers, self._memory = shelf, progress, peers, memory
         self._stream = Stream(skeleton, skeleton.checkpoint)
+        self._weights = memory.weights_of(skeleton)
+        self._own_targets = self._make_targets()
+        self._collected: Begun | None = None
+        """The next block, where it was collected while this one was propagated."""
+
+    def __enter__(self) -> "Transaction":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End reading ahead, count what was moved, and give back the targets; the streams are whose they were."""
+        self._weights.close()
+        traffic = self._memory.traffic
+        traffic.weights_read += self._weights.bytes_read
+        traffic.waited_for_weights += self._weights.waited
+        for boundary in (self._streams.pruned, self._streams.dense, self._own_targets):
+            if boundary is not None:
+                traffic.hidden_read += boundary.region.bytes_read
+                traffic.hidden_written += boundary.region.bytes_written
+                traffic.waited_for_hidden += boundary.region.waited
+        if self._own_targets is not None:
+            self._own_targets.close()
 
     def prefetch(self, index: int) -> None:
         """Have a block's weights read ahead while another one is worked on."""
-        self._skeleton.checkpoint.will_need(self._skeleton.block_names(index).values())
+        if self._memory.ahead:
+            self._weights.expect(index)
 
     def prune(self, index: int) -> tuple[Commit | None, Stopwatch]:
         """Prune one block up to its written shard; once the commit is recorded, `propagate` or `drop` must follow.
 
         The commit is None on replicas that do not write.
         """
-        watch = Stopwatch(self._skeleton.device)
-        with self._phase(watch, index, "read"):
-            block = self._skeleton.load_block(index, self._skeleton.checkpoint)
-            linears = linears_to_prune(block, self._order.skip)
-            check_divides(linears, block, self._order.sparsity)
-        if not self._streams.pruned.has_begun:
-            self._progress.phase(index, "wait")
-            self._streams.pruned.read(slice(0, 1), self._skeleton.device)
-        with self._phase(watch, index, "collect"):
-            collector, targets = self._collect(index, linears)
+        begun, self._collected = self._collected or self._collect(index), None
+        assert begun.index == index, f"block {begun.index} was collected, and {index} is to be pruned"
+        watch, linears, targets = begun.watch, begun.linears, self._targets
         with self._phase(watch, index, "prune"), _naming(index):
-            collector.sum_over(self._peers)
-            collector.check_finite()
-            inputs = self._streams.pruned
-            bench = Workbench(self._stream, block, index, linears, collector, inputs, targets, self._peers)
+            begun.collector.sum_over(self._peers)
+            begun.collector.check_finite()
+            bench = Workbench(
+                self._stream, begun.block, index, linears, begun.collector, self._streams.pruned, targets, self._peers
+            )
             pruned = apply_recipe(self._order.recipe, self._order.sparsity, bench, self._progress.figures)
         with self._phase(watch, index, "commit"):
             if self._peers.rank > 0:
@@ -108,22 +126,38 @@ class Transaction:
                 return None, watch
             path = self._shelf.directory / block_shard(index, self._skeleton.num_blocks)
             records, shard = write_block(self._skeleton, index, linears, pruned, path)
-            error = self._error(index, targets)
+            error = self._error(index)
         commit = Commit(
             block=index, file=shard.file, sha256=shard.sha256, num_bytes=shard.num_bytes,
             linears=records, error=error, seconds=dict(watch.seconds),
         )  # fmt: skip
         return commit, watch
 
-    def propagate(self, index: int, watch: Stopwatch, outlet: Outlet | None = None) -> None:
-        """Run the pruned block over all sequences, handing its outputs on as they appear, then drop it."""
-        with self._phase(watch, index, "propagate"):
-            self._run_all(index, self._streams.pruned, f"pruned block {index}", outlet)
+    def propagate(
+        self, index: int, watch: Stopwatch, outlet: Outlet | None = None, next_block: int | None = None
+    ) -> None:
+        """Run the pruned block over all sequences, handing its outputs on as they appear, then drop it.
+
+        The next block of this stage is collected from them meanwhile, where both blocks fit.
+        """
+        begun = self._begin(next_block) if next_block is not None and self._memory.fused else None
+        self._progress.phase(index, "propagate")
+        with self._memory.meter.phase("propagate" if begun is None else "fused"):
+            for sequences, hidden_BTD in self._streams.pruned.stream(self._order.batch, self._skeleton.device):
+                with watch.phase("propagate"):
+                    output = self._advance(index, sequences, hidden_BTD, f"pruned block {index}", outlet)
+                if begun is not None:
+                    with begun.watch.phase("collect"):
+                        self._gather(begun, sequences, output)
         self.drop(index)
+        if begun is not None:
+            with begun.watch.phase("collect"), self._memory.meter.phase("collect"):
+                self._advance_dense(begun.index)
+            self._collected = begun
 
     def drop(self, index: int) -> None:
         """Drop a block whose outputs nobody needs."""
-        self._skeleton.release_block(index)
+        self._weights.drop(index)
 
     def replay(self, index: int, commit: Commit, outlet: Outlet | None = None) -> None:
         """Advance the streams over a block that has been committed before.
@@ -132,75 +166,115 @@ class Transaction:
         """
         self._progress.phase(index, "replay")
         if self._streams.dense is not None:
-            self._skeleton.load_block(index, self._skeleton.checkpoint)
-            self._run_all(index, self._streams.dense, f"dense block {index}")
+            self._weights.load(index)
+            self._advance_dense(index)
         with self._shelf.take_out(commit) as path, ShardReader(path) as shard:
-            self._skeleton.load_block(index, shard)
-        self._run_all(index, self._streams.pruned, f"pruned block {index}", outlet)
+            self._weights.load(index, shard)
+        for sequences, hidden_BTD in self._streams.pruned.stream(self._order.batch, self._skeleton.device):
+            self._advance(index, sequences, hidden_BTD, f"pruned block {index}", outlet)
         self.drop(index)
 
-    @torch.no_grad()
-    def _collect(self, index: int, linears: Sequence[Linear]) -> tuple[Collector, torch.Tensor]:
-        """Gather statistics from the dense block; return them with the outputs the pruned block is to reproduce.
+    def _begin(self, index: int) -> Begun:
+        """Read a block."""
+        watch = Stopwatch(self._skeleton.device)
+        with self._phase(watch, index, "read"):
+            block = self._weights.load(index)
+            linears = linears_to_prune(block, self._order.skip)
+            check_divides(linears, block, self._order.sparsity)
+        collector = Collector(linears, self._order.recipe.statistics)
+        return Begun(index=index, block=block, linears=linears, collector=collector, watch=watch)
 
-        Those come from the dense stream where the recipe asks for it, else from the pruned one: for all sequences
-        where a block step compares with them, else for the first, on which the recorded error is measured.
+    def _collect(self, index: int) -> Begun:
+        """Read a block and gather statistics of it, from the boundary that has been reached."""
+        begun, pruned = self._begin(index), self._streams.pruned
+        if not pruned.has_begun:
+            self._progress.phase(index, "wait")
+            pruned.read(slice(0, 1), self._skeleton.device)
+        with self._phase(begun.watch, index, "collect"):
+            wanted = pruned.num_sequences if self._order.recipe.statistics else self._num_targets
+            for sequences, hidden_BTD in pruned.stream(self._order.batch, self._skeleton.device, wanted):
+                self._gather(begun, sequences, hidden_BTD)
+            self._advance_dense(index)
+        return begun
+
+    @torch.no_grad()
+    def _gather(self, begun: Begun, sequences: slice, hidden_BTD: torch.Tensor) -> None:
+        """Run a dense block on one batch of the pruned stream: statistics, and targets where they are made of it."""
+        num_targets = min(self._num_targets, sequences.stop) - sequences.start
+        if num_targets <= 0 and not self._order.recipe.statistics:
+            return
+        if not self._order.recipe.statistics:
+            hidden_BTD = hidden_BTD[:num_targets]
+        with begun.collector.watching(begun.block, to_the_end=num_targets > 0):
+            output = self._stream.run_block(begun.index, hidden_BTD)
+            if num_targets > 0:
+                wanted = slice(sequences.start, sequences.start + num_targets)
+                self._targets.write(wanted, output[:num_targets], f"dense block {begun.index}")
+
+    @torch.no_grad()
+    def _advance(
+        self, index: int, sequences: slice, hidden_BTD: torch.Tensor, where: str, outlet: Outlet | None
+    ) -> torch.Tensor:
+        """Replace one batch of the pruned stream by what a block makes of it, and return that; hand it on where asked.
+
+        With each of its batches goes the dense stream's, where that is kept.
         """
-        pruned, dense, recipe = self._streams.pruned, self._streams.dense, self._order.recipe
-        collector = Collector(linears, recipe.statistics)
-        num_targets = 0 if dense is not None else pruned.num_sequences if recipe.needs_targets else 1
-        targets = torch.empty_like(pruned.hidden_NTD[:num_targets])
-        for sequences in batches(pruned.num_sequences if recipe.statistics else num_targets, self._order.batch):
-            is_target = sequences.start < num_targets
-            with collector.watching(self._skeleton.blocks[index], to_the_end=is_target):
-                output = self._stream.run_block(index, pruned.read(sequences, self._skeleton.device))
-                if is_target:
-                    require_finite(output, f"dense block {index}")
-                    targets[sequences].copy_(output[: num_targets - sequences.start])
+        output = self._stream.run_block(index, hidden_BTD).to(self._streams.pruned.dtype)
+        self._streams.pruned.write(sequences, output, where)
+        if outlet is not None:
+            outlet.send("pruned", sequences, output)
+            if self._streams.dense is not None:
+                outlet.send("dense", sequences, self._streams.dense.read(sequences, self._skeleton.device))
+        return output
+
+    @torch.no_grad()
+    def _advance_dense(self, index: int) -> None:
+        """Run a dense block, which is loaded, over the dense stream, where there is one."""
+        dense = self._streams.dense
         if dense is not None:
-            self._run_all(index, dense, f"dense block {index}")
-            targets = dense.hidden_NTD
-        return collector, targets
+            for sequences, hidden_BTD in dense.stream(self._order.batch, self._skeleton.device):
+                dense.write(sequences, self._stream.run_block(index, hidden_BTD), f"dense block {index}")
 
-    @torch.no_grad()
-    def _run_all(self, index: int, boundary: Boundary, where: str, outlet: Outlet | None = None) -> None:
-        """Replace a boundary by what the block, as it is loaded, makes of it; hand batches on where asked.
+    @property
+    def _targets(self) -> Boundary:
+        """What the pruned block is to reproduce: the dense stream where the recipe asks for it, once advanced.
 
-        What is handed on is the pruned stream, and with each of its batches the dense one's, where it is kept.
+        Else the dense block's outputs on the pruned stream: of all sequences where a block step compares with them,
+        or of the first, on which the recorded error is measured.
         """
-        device = self._skeleton.device
-        for sequences in boundary.batches(self._order.batch):
-            output = self._stream.run_block(index, boundary.read(sequences, device))
-            boundary.write(sequences, output, where)
-            if outlet is not None:
-                outlet.send("pruned", sequences, output)
-                if self._streams.dense is not None:
-                    outlet.send("dense", sequences, self._streams.dense.read(sequences, device))
+        return self._own_targets or self._dense
+
+    @property
+    def _num_targets(self) -> int:
+        return 0 if self._own_targets is None else self._own_targets.num_sequences
+
+    @property
+    def _dense(self) -> Boundary:
+        assert self._streams.dense is not None
+        return self._streams.dense
+
+    def _make_targets(self) -> Boundary | None:
+        if self._streams.dense is not None:
+            return None
+        num_sequences, *rest = self._streams.pruned.shape
+        dtype = self._streams.pruned.dtype
+        if self._order.recipe.needs_targets:
+            return self._memory.store.boundary("targets", (num_sequences, rest[0], rest[1]), dtype)
+        return in_memory().boundary("targets", (1, rest[0], rest[1]), dtype)
 
     @torch.no_grad()
-    def _error(self, index: int, targets: torch.Tensor) -> float:
+    def _error(self, index: int) -> float:
         """Return the relative error of the pruned block on the first sequence."""
-        output = self._stream.run_block(index, self._streams.pruned.read(slice(0, 1), self._skeleton.device))
+        first, device = slice(0, 1), self._skeleton.device
+        output = self._stream.run_block(index, self._streams.pruned.read(first, device))
         require_finite(output, f"pruned block {index}")
-        return relative_error(output, targets[:1].to(output.device)).item()
+        return relative_error(output, self._targets.read(first, device)).item()
 
     @contextmanager
     def _phase(self, watch: Stopwatch, index: int, name: str) -> Iterator[None]:
         self._progress.phase(index, name)
-        with watch.phase(name):
+        with watch.phase(name), self._memory.meter.phase(name):
             yield
-
-
-def linears_to_prune(block: nn.Module, skip: tuple[str, ...]) -> list[Linear]:
-    """Return the linears of a block less the skipped; raises ConfigError when a pattern or a block comes out empty."""
-    everything, linears = find_linears(block), find_linears(block, skip)
-    names = ", ".join(linear.name for linear in everything)
-    for pattern in skip:
-        if len(find_linears(block, [pattern])) == len(everything):
-            raise ConfigError(f"prune.skip: {pattern!r} matches no linear of a block; they are called {names}")
-    if not linears:
-        raise ConfigError(f"prune.skip leaves nothing to prune of {names}; skip fewer")
-    return linears
 
 
 @contextmanager
@@ -210,14 +284,3 @@ def _naming(index: int) -> Iterator[None]:
         yield
     except NumericsError as error:
         raise NumericsError(f"block {index}: {error.message}") from error
-
-
-def check_divides(linears: Sequence[Linear], block: nn.Module, sparsity: Sparsity) -> None:
-    """Raise ConfigError when an N:M group does not divide a linear's rows."""
-    for linear in linears:
-        num_columns = linear.weight(block).shape[1]
-        if isinstance(sparsity, SemiStructured) and not divides(sparsity, num_columns):
-            raise ConfigError(
-                f"{linear.name} has {num_columns} input features, not a multiple of the group of {sparsity.group} "
-                f"in {sparsity}; add it to prune.skip, or use another pattern or an unstructured sparsity"
-            )

@@ -1,17 +1,19 @@
 """One block on the bench: its dense weights, its streams and statistics, and the recipe worked through on it."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
 
 from pipeline.activations import Boundary
+from pipeline.lazy_weights import Maker
 from pipeline.linears import Collector, Linear
 from pipeline.methods.step import BlockStep, LinearStep, MiniBatch, PrunedLinear, Report
 from pipeline.peers import Peers
 from pipeline.recipe import Recipe
 from pipeline.sharing import share_out, solve_rows, spread
-from pipeline.sparsity import Sparsity
+from pipeline.sparsity import Sparsity, kept_in_rows
 from pipeline.statistics import Statistic
 from pipeline.stream import Stream
 
@@ -27,7 +29,7 @@ class Workbench:
         linears: Sequence[Linear],
         collector: Collector,
         inputs: Boundary,
-        targets: torch.Tensor,
+        targets: Boundary,
         peers: Peers,
     ) -> None:
         self._stream, self._index = stream, index
@@ -51,6 +53,9 @@ class Workbench:
             parts = (counts - start).clamp(0, size)
             here = int(parts[self.peers.rank])
             updates.append(MiniBatch(here=slice(start, start + here), weight=here / parts.sum().item()))
+        coming = [update.here for update in updates if update.weight > 0]
+        self._inputs.expect(coming)
+        self._targets.expect(coming)
         return updates
 
     def sum(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -69,14 +74,23 @@ class Workbench:
         """Return the statistic of a linear's inputs."""
         return self._collector.statistic(name, kind)
 
-    def output(self, weights: Mapping[str, torch.Tensor], sequences: slice) -> torch.Tensor:
-        """Run the block on the pruned stream with other weights."""
-        stored = {self._linears[name].parameter: self._linears[name].to_stored(w) for name, w in weights.items()}
+    def forget(self, name: str, kind: type[Statistic] | None) -> None:
+        """Drop the statistic of a linear's inputs, where there is one, once no later step needs it."""
+        if kind is not None:
+            self._collector.forget(name, kind)
+
+    def output(self, weights: Mapping[str, Maker], sequences: slice) -> torch.Tensor:
+        """Run the block on the pruned stream with other weights, each made when its linear runs."""
+        stored = {self._linears[n].parameter: partial(_stored, self._linears[n], w) for n, w in weights.items()}
         return self._stream.run_block(self._index, self._inputs.read(sequences, self._device), stored)
 
     def target(self, sequences: slice) -> torch.Tensor:
         """Return the hidden_BTD that the pruned block is to reproduce."""
-        return self._targets[sequences].to(self._device)
+        return self._targets.read(sequences, self._device)
+
+
+def _stored(linear: Linear, make: Maker) -> torch.Tensor:
+    return linear.to_stored(make())
 
 
 def apply_recipe(recipe: Recipe, sparsity: Sparsity, bench: Workbench, report: Report) -> dict[str, PrunedLinear]:
@@ -85,43 +99,37 @@ def apply_recipe(recipe: Recipe, sparsity: Sparsity, bench: Workbench, report: R
     Replicas share the work of linear steps, and end with the same bits, or with a NumericsError.
     """
     state: dict[str, PrunedLinear] = {}
-    for step in recipe.steps:
+    for position, step in enumerate(recipe.steps):
         if isinstance(step, BlockStep):
             results = step.prune(bench, sparsity, report)
         else:
             assert isinstance(step, LinearStep)
-            results = _run_linear_step(step, sparsity, bench, state)
+            is_last_use = step.statistic not in {later.statistic for later in recipe.steps[position + 1 :]}
+            results = _run_linear_step(step, sparsity, bench, state, is_last_use)
         for name, result in results.items():
             before = state.get(name)
             weight = result.weight_OD if result.weight_OD is not None or before is None else before.weight_OD
             notes = {**(before.notes if before else {}), **result.notes}
             state[name] = PrunedLinear(keep_OD=result.keep_OD, weight_OD=weight, notes=notes)
-    kept_rows = [linear.keep_OD.count_nonzero(dim=1) for linear in state.values()]
+    kept_rows = [kept_in_rows(linear.keep_OD) for linear in state.values()]
     bench.peers.agree(torch.cat(kept_rows), "how many weights each row keeps")
     return state
 
 
 @torch.no_grad()
 def _run_linear_step(
-    step: LinearStep, sparsity: Sparsity, bench: Workbench, state: Mapping[str, PrunedLinear]
+    step: LinearStep, sparsity: Sparsity, bench: Workbench, state: Mapping[str, PrunedLinear], is_last_use: bool
 ) -> dict[str, PrunedLinear]:
+    """Prune every linear; statistics are dropped when they have been used for the last time."""
     groups = bench.groups()
     owners = share_out([sum(_effort(bench.weights[n.name]) for n in group) for group in groups], bench.peers.size)
-    by_rows, kind = step.rows_alone(sparsity), step.statistic
+    by_rows = step.rows_alone(sparsity)
     results: dict[str, PrunedLinear] = {}
     for group, owner in zip(groups, owners, strict=True):
-        if not by_rows and owner != bench.peers.rank:
-            continue
-        solve = step.solver(None if kind is None else bench.statistic(group[0].name, kind))
-        for linear in group:
-            before = state.get(linear.name)
-            weight_OD, keep_OD = bench.weights[linear.name], None
-            if before is not None:
-                weight_OD, keep_OD = weight_OD if before.weight_OD is None else before.weight_OD, before.keep_OD
-            if by_rows:
-                results[linear.name] = solve_rows(solve, weight_OD, keep_OD, sparsity, bench.peers)
-            else:
-                results[linear.name] = solve(weight_OD, keep_OD, sparsity)
+        if by_rows or owner == bench.peers.rank:
+            results |= _solve_group(step, sparsity, bench, group, state, is_last_use)
+        elif is_last_use:
+            bench.forget(group[0].name, step.statistic)
     if by_rows:
         return results
     return {  # all replicas have solved what they own before any waits for another's
@@ -129,6 +137,32 @@ def _run_linear_step(
         for group, owner in zip(groups, owners, strict=True)
         for linear in group
     }
+
+
+def _solve_group(
+    step: LinearStep,
+    sparsity: Sparsity,
+    bench: Workbench,
+    group: Sequence[Linear],
+    state: Mapping[str, PrunedLinear],
+    is_last_use: bool,
+) -> dict[str, PrunedLinear]:
+    """Prune the linears of one input."""
+    kind, name = step.statistic, group[0].name
+    solve = step.solver(None if kind is None else bench.statistic(name, kind))
+    if is_last_use:
+        bench.forget(name, kind)
+    results: dict[str, PrunedLinear] = {}
+    for linear in group:
+        before = state.get(linear.name)
+        weight_OD, keep_OD = bench.weights[linear.name], None
+        if before is not None:
+            weight_OD, keep_OD = weight_OD if before.weight_OD is None else before.weight_OD, before.keep_OD
+        if step.rows_alone(sparsity):
+            results[linear.name] = solve_rows(solve, weight_OD, keep_OD, sparsity, bench.peers)
+        else:
+            results[linear.name] = solve(weight_OD, keep_OD, sparsity)
+    return results
 
 
 def _effort(weight_OD: torch.Tensor) -> float:

@@ -11,8 +11,9 @@ Departures from the released code: its parametrisation confines sparsities to 0.
 it is tilted, and starts at the target; a projection meets the budget exactly; the mask gradient is in closed form.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -20,6 +21,7 @@ from prodigyopt import Prodigy
 from pydantic import Field
 
 from pipeline.errors import NumericsError
+from pipeline.lazy_weights import Maker
 from pipeline.methods.row_sparsity import (
     NUM_CANDIDATES,
     MaskedWeight,
@@ -30,10 +32,13 @@ from pipeline.methods.row_sparsity import (
     shares,
     tilt_towards,
 )
-from pipeline.methods.step import BlockStep, BlockView, MiniBatch, PrunedLinear, Report
+from pipeline.methods.step import BlockStep, BlockView, MiniBatch, PrunedLinear, Report, Shapes, largest
 from pipeline.methods.wanda import input_norms, wanda_scores
-from pipeline.sparsity import Sparsity, Unstructured, map_rows, rank_dtype, row_ranks
+from pipeline.sparsity import Sparsity, Unstructured, map_rows, rank_dtype, row_ranks, selection_bytes
 from pipeline.statistics import ColumnSquares, Statistic, relative_error
+
+TENSORS_PER_PARAMETER = 10
+"""The parameters, Prodigy's three tensors, gradients, and what autograd keeps of the shares."""
 
 
 class Besa(BlockStep):
@@ -71,6 +76,17 @@ class Besa(BlockStep):
     def needs_dense_stream(self) -> bool:
         """Whether the reference is made on the dense stream."""
         return self.target == "dense"
+
+    def working_bytes(self, shapes: Shapes, groups: Sequence[Sequence[str]], dtype: torch.dtype) -> int:
+        """Ranks, parameters, and the gradient of one linear's masked weight with that weight, or with its sums.
+
+        Masks take the place of the ranks, linear by linear.
+        """
+        ranks = sum(rows * columns * rank_dtype(columns).itemsize for rows, columns in shapes.values())
+        groups_of_rows = sum(rows for rows, _ in shapes.values()) if self.granularity == "row" else len(shapes)
+        parameters = 4 * NUM_CANDIDATES * groups_of_rows * TENSORS_PER_PARAMETER
+        masked = dtype.itemsize * largest(shapes)
+        return ranks + parameters + masked + max(masked, selection_bytes(largest(shapes)))
 
     def prune(self, block: BlockView, sparsity: Sparsity, report: Report) -> dict[str, PrunedLinear]:
         """Learn the sparsities of one block, project them to its budget, and return the masks."""
@@ -152,11 +168,10 @@ class LearnableRows:
         """Return the sparsity of each group, float32 [G]."""
         return share_GP @ candidate_sparsities(share_GP.device)
 
-    def masked_weight(self, share_GP: torch.Tensor) -> torch.Tensor:
-        """Return the weight under its present hard mask, differentiable in the shares."""
+    def masked_weight(self, share_GP: torch.Tensor) -> Maker:
+        """Return what makes the weight under its present hard mask, differentiable in the shares."""
         counts_G = pruned_counts(self.alphas(share_GP.detach()), self.weight_OD.shape[1])
-        masked: torch.Tensor = MaskedWeight.apply(share_GP, self.weight_OD, self.rank_OD, counts_G)  # type: ignore[no-untyped-call]
-        return masked
+        return partial(MaskedWeight.apply, share_GP, self.weight_OD, self.rank_OD, counts_G)
 
 
 def block_sparsity(rows: list[LearnableRows], shares_of: list[torch.Tensor]) -> torch.Tensor:
@@ -168,12 +183,16 @@ def block_sparsity(rows: list[LearnableRows], shares_of: list[torch.Tensor]) -> 
 
 @torch.no_grad()
 def masks_within_budget(rows: list[LearnableRows], sparsity: Unstructured) -> dict[str, PrunedLinear]:
-    """Return the final masks: the block loses exactly floor(ratio * weights) weights."""
+    """Return the final masks: the block loses exactly floor(ratio * weights) weights.
+
+    Takes the linears out of `rows`, so that the ranks of each make room for its mask.
+    """
     alphas = [r.alphas(r.shares()).expand(len(r.weight_OD)) for r in rows]
     budget = sparsity.num_pruned(sum(r.weight_OD.numel() for r in rows))
     counts = project_to_budget(alphas, [r.weight_OD.shape[1] for r in rows], budget)
     pruned = {}
-    for r, count_O in zip(rows, counts, strict=True):
+    for count_O in counts:
+        r = rows.pop(0)
         share = count_O.double() / r.weight_OD.shape[1]
         notes = {"row_sparsity_min": share.min().item(), "row_sparsity_max": share.max().item()}
         pruned[r.name] = PrunedLinear(keep_OD=hard_keep(r.rank_OD, count_O.to(r.rank_OD.device)), notes=notes)

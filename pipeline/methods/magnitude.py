@@ -1,11 +1,20 @@
 """Magnitude pruning: drop the smallest weights. The baseline that needs no calibration data."""
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
 
-from pipeline.methods.step import LinearStep, PrunedLinear, Solver
-from pipeline.sparsity import SemiStructured, Sparsity, keep_by_matrix, keep_by_row
+from pipeline.methods.step import LinearStep, PrunedLinear, Shapes, Solver, largest, num_weights
+from pipeline.sparsity import (
+    SELECTION_BYTES,
+    SemiStructured,
+    Sparsity,
+    keep_by_matrix,
+    keep_by_row,
+    map_rows,
+    selection_bytes,
+)
 from pipeline.statistics import Statistic
 
 
@@ -21,12 +30,19 @@ class Magnitude(LinearStep):
         """Weights compete within their row, or their group in it, unless the scope is the matrix."""
         return self.scope == "row" or isinstance(sparsity, SemiStructured)
 
+    def working_bytes(self, shapes: Shapes, groups: Sequence[Sequence[str]], dtype: torch.dtype) -> int:
+        """Masks of a byte a weight, and the selection from a slab of rows, or from a whole matrix."""
+        by_matrix = SELECTION_BYTES * largest(shapes)
+        return num_weights(shapes) + (by_matrix if self.scope == "matrix" else selection_bytes(largest(shapes)))
+
     def solver(self, statistic: Statistic | None) -> Solver:
         """Return the function that prunes one linear."""
-        select = keep_by_matrix if self.scope == "matrix" else keep_by_row
 
         def solve(weight_OD: torch.Tensor, keep_OD: torch.Tensor | None, sparsity: Sparsity) -> PrunedLinear:
             assert keep_OD is None
-            return PrunedLinear(keep_OD=select(weight_OD.abs().float(), sparsity))
+            if not self.rows_alone(sparsity):
+                return PrunedLinear(keep_OD=keep_by_matrix(weight_OD.abs().float(), sparsity))
+            keep = map_rows(lambda rows: keep_by_row(rows.abs().float(), sparsity), weight_OD, torch.bool)
+            return PrunedLinear(keep_OD=keep)
 
         return solve

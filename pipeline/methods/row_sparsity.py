@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pipeline.sparsity import SLAB_NUMEL
+from pipeline.sparsity import row_slabs
 
 NUM_CANDIDATES = 101
 
@@ -77,7 +77,7 @@ class MaskedWeight(torch.autograd.Function):
         """Return W * [rank >= count], in the weight's dtype."""
         ctx.save_for_backward(weight_OD, rank_OD)
         ctx.num_groups = len(share_GP)
-        return weight_OD * hard_keep(rank_OD, counts_G)
+        return masked_weight(weight_OD, rank_OD, counts_G)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
@@ -89,17 +89,23 @@ class MaskedWeight(torch.autograd.Function):
         return prefix_OP.neg_(), None, None, None
 
 
+def masked_weight(weight_OD: torch.Tensor, rank_OD: torch.Tensor, counts_G: torch.Tensor) -> torch.Tensor:
+    """Return W * [rank >= count] in the weight's dtype and layout; temporaries are those of a slab of rows."""
+    masked_OD, counts_O = torch.empty_like(weight_OD), counts_G.expand(len(weight_OD))
+    for rows in row_slabs(*weight_OD.shape):
+        torch.mul(weight_OD[rows], hard_keep(rank_OD[rows], counts_O[rows]), out=masked_OD[rows])
+    return masked_OD
+
+
 def prefix_at_candidates(grad_OD: torch.Tensor, weight_OD: torch.Tensor, rank_OD: torch.Tensor) -> torch.Tensor:
     """Return, per row and candidate, the sum of grad * weight over the floor(D p_i) lowest ranks: float32 [O, P]."""
     num_rows, num_columns = weight_OD.shape
     boundary_P = torch.arange(NUM_CANDIDATES, device=weight_OD.device) * num_columns // (NUM_CANDIDATES - 1)
     prefix_OP = torch.empty(num_rows, NUM_CANDIDATES, device=weight_OD.device)
-    rows_per_slab = max(1, SLAB_NUMEL // num_columns)
-    for start in range(0, num_rows, rows_per_slab):
-        rows = slice(start, start + rows_per_slab)
+    for rows in row_slabs(num_rows, num_columns):
         gain = grad_OD[rows].float() * weight_OD[rows].float()
         ranked = gain.new_zeros(len(gain), num_columns + 1)
-        ranked.scatter_(1, rank_OD[rows].long() + 1, gain)
+        ranked[:, 1:].scatter_(1, rank_OD[rows].long(), gain)
         prefix_OP[rows] = ranked.cumsum_(dim=1)[:, boundary_P]
     return prefix_OP
 

@@ -9,7 +9,7 @@ an N:M solve per row and group, each from weights that have already absorbed the
 an earlier step is kept and only the update is done.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,13 +17,19 @@ import torch
 from pydantic import Field
 
 from pipeline.errors import NumericsError
-from pipeline.methods.step import LinearStep, PrunedLinear, Solver
+from pipeline.methods.step import LinearStep, PrunedLinear, Shapes, Solver
 from pipeline.numerics import all_finite
-from pipeline.sparsity import SemiStructured, Sparsity, keep_highest
+from pipeline.sparsity import SemiStructured, Sparsity, Unstructured, keep_highest
 from pipeline.statistics import Gram, Statistic
 
 DAMPING_LIMIT = 1.0
 """Above this multiple of the mean diagonal the damped Hessian says little of the data: give up instead."""
+
+SWEPT_NUMEL = 1 << 26
+"""Weights swept at once where rows are alone: 256 MB of float32, and few enough sweeps to keep a device busy."""
+
+SLAB_BYTES = 24
+"""Bytes a weight of a slab of columns takes: its cost and error, and the selection of its mask."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,26 +58,37 @@ def inverse_factor(gram_DD: torch.Tensor, damping: float) -> InverseFactor:
     """Factorise the inverse of a Gram matrix [D, D], multiplying the damping by 10 until it succeeds.
 
     Reversing the order of features turns the lower Cholesky factor of H into V with H = V V^T, V upper
-    triangular, so that U = V^-1: one factorisation and one triangular inverse, and H^-1 is never formed.
+    triangular, so that U = V^-1: one factorisation and one triangular inverse, and H^-1 is never formed. Beside
+    the Gram matrix, which stays as it is, at most two matrices of its size are alive.
     Raises NumericsError when no damping up to DAMPING_LIMIT suffices.
     """
     diagonal_D = gram_DD.diagonal()
     dead_D = diagonal_D == 0
     mean = diagonal_D.mean().item() or 1.0
-    identity_DD = torch.eye(len(dead_D), device=gram_DD.device)
     for used in rising(damping):
-        hessian_DD = gram_DD.clone()
-        hessian_DD.diagonal().add_(used * mean + dead_D.float() * mean)
-        reversed_lower_DD, failed = torch.linalg.cholesky_ex(hessian_DD.flip(0, 1))
-        if not failed:
-            upper_DD = torch.linalg.solve_triangular(reversed_lower_DD.flip(0, 1), identity_DD, upper=True)
-            if all_finite(upper_DD):
-                return InverseFactor(upper_DD=upper_DD, dead_D=dead_D, damping=used)
+        upper_DD = _factorise(gram_DD, used * mean + dead_D.float() * mean)
+        if upper_DD is not None and all_finite(upper_DD):
+            return InverseFactor(upper_DD=upper_DD, dead_D=dead_D, damping=used)
     raise NumericsError(
         f"the Gram matrix of {len(dead_D)} input features could not be factorised with any damping from "
         f"{damping:g} to {DAMPING_LIMIT:g} of its mean diagonal {mean:.3g}; use more calibration tokens, or "
         "a method without a factorisation (wanda, besa)"
     )
+
+
+def _factorise(gram_DD: torch.Tensor, added_D: torch.Tensor) -> torch.Tensor | None:
+    """Return U for the Gram matrix with `added_D` on its diagonal; None where that is not positive definite."""
+    hessian_DD = gram_DD.flip(0, 1)
+    hessian_DD.diagonal().add_(added_D.flip(0))
+    reversed_lower_DD, failed = torch.linalg.cholesky_ex(hessian_DD)
+    del hessian_DD
+    if failed:
+        return None
+    lower_DD = reversed_lower_DD.flip(0, 1)
+    del reversed_lower_DD
+    upper_DD = torch.eye(len(added_D), device=gram_DD.device).T  # by columns, so that it is solved where it is
+    torch.linalg.solve_triangular(lower_DD, upper_DD, upper=True, out=upper_DD)
+    return upper_DD
 
 
 class SparseGPT(LinearStep):
@@ -85,6 +102,21 @@ class SparseGPT(LinearStep):
 
     slab: int = Field(default=128, ge=1)
     """Columns whose unstructured mask is chosen together; the later columns are updated after each slab."""
+
+    def working_bytes(self, shapes: Shapes, groups: Sequence[Sequence[str]], dtype: torch.dtype) -> int:
+        """Two matrices while an input is factorised, then the factor and one linear in float32, by columns.
+
+        Results gather all the while: a mask and a new weight of every linear.
+        """
+        results = peak = 0
+        for group in groups:
+            factor = Gram.bytes_of(shapes[group[0]][1])
+            peak = max(peak, results + 2 * factor)
+            for rows, columns in (shapes[name] for name in group):
+                results += rows * columns * (1 + dtype.itemsize)
+                slab = SLAB_BYTES * rows * min(self.slab, columns)
+                peak = max(peak, results + factor + 4 * rows * columns + slab)
+        return peak
 
     def solver(self, statistic: Statistic | None) -> Solver:
         """Factorise the Hessian that all linears of one input share; the result prunes each of them."""
@@ -107,26 +139,53 @@ def sweep(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prune all columns from left to right; return the updated weight (its dtype kept) and keep_OD.
 
-    Works on the transpose, where a column is contiguous. Dead input features are pruned first, and left
-    untouched where they survive.
+    Where no row's mask depends on another's (N:M, or a mask that is given), a slab of rows at a time. Dead input
+    features are pruned first, and left untouched where they survive.
     """
     num_rows, num_columns = weight_OD.shape
-    if isinstance(sparsity, SemiStructured):
-        slab_columns = max(1, slab_columns // sparsity.group) * sparsity.group
+    updated_OD = torch.empty_like(weight_OD, memory_format=torch.contiguous_format)
+    keep_OD = updated_OD.new_empty(weight_OD.shape, dtype=torch.bool) if given_OD is None else given_OD.contiguous()
+    rows_alone = given_OD is not None or isinstance(sparsity, SemiStructured)
+    rows_at_once = max(1, SWEPT_NUMEL // num_columns) if rows_alone else num_rows
+    for start in range(0, num_rows, rows_at_once):
+        rows = slice(start, start + rows_at_once)
+        pattern = None if given_OD is not None else sparsity
+        _sweep_rows(weight_OD[rows], factor, pattern, slab_columns, updated_OD[rows], keep_OD[rows])
+    return updated_OD, keep_OD
+
+
+def _sweep_rows(
+    weight_OD: torch.Tensor,
+    factor: InverseFactor,
+    sparsity: Sparsity | None,
+    slab_columns: int,
+    updated_OD: torch.Tensor,
+    keep_OD: torch.Tensor,
+) -> None:
+    """Fill the updated weight and the keep mask of some rows; without a sparsity, the mask is given.
+
+    Works on the transpose, where a column is contiguous.
+    """
+    num_rows, num_columns = weight_OD.shape
+    pattern = sparsity if isinstance(sparsity, SemiStructured) else None
+    if pattern is not None:
+        slab_columns = max(1, slab_columns // pattern.group) * pattern.group
     weight_DO = weight_OD.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    keep_DO = torch.ones_like(weight_DO, dtype=torch.bool) if given_OD is None else given_OD.T.contiguous()
     for start in range(0, num_columns, slab_columns):
         stop = min(start + slab_columns, num_columns)
         columns = slice(start, stop)
-        if given_OD is None and not isinstance(sparsity, SemiStructured):
+        keep_DO = torch.ones_like(weight_DO[columns], dtype=torch.bool)
+        if sparsity is None:
+            keep_DO.copy_(keep_OD[:, columns].T)
+        elif isinstance(sparsity, Unstructured):
             num_pruned = sparsity.num_pruned(num_rows * stop) - sparsity.num_pruned(num_rows * start)
             scores_DO = removal_cost(weight_DO[columns], factor, columns)
-            keep_DO[columns] = keep_highest(scores_DO.reshape(1, -1), num_pruned).view_as(scores_DO)
-        pattern = sparsity if given_OD is None and isinstance(sparsity, SemiStructured) else None
-        errors_DO = _sweep_slab(weight_DO[columns], keep_DO[columns], factor, columns, pattern)
+            keep_DO = keep_highest(scores_DO.reshape(1, -1), num_pruned).view_as(scores_DO)
+        errors_DO = _sweep_slab(weight_DO[columns], keep_DO, factor, columns, pattern)
         weight_DO[stop:].addmm_(factor.upper_DD[columns, stop:].T, errors_DO, alpha=-1)
-    weight_DO.masked_fill_(~keep_DO, 0)
-    return weight_DO.T.to(weight_OD.dtype).contiguous(), keep_DO.T.contiguous()
+        updated_OD[:, columns] = weight_DO[columns].masked_fill_(~keep_DO, 0).T
+        if sparsity is not None:
+            keep_OD[:, columns] = keep_DO.T
 
 
 def removal_cost(weight_DO: torch.Tensor, factor: InverseFactor, columns: slice) -> torch.Tensor:

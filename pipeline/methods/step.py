@@ -14,8 +14,22 @@ from typing import ClassVar, Protocol
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from pipeline.lazy_weights import Maker
 from pipeline.sparsity import Sparsity
 from pipeline.statistics import Statistic
+
+Shapes = Mapping[str, tuple[int, int]]
+"""(O, D) of every linear of a block, by its name."""
+
+
+def num_weights(shapes: Shapes) -> int:
+    """Return how many weights the linears have together."""
+    return sum(rows * columns for rows, columns in shapes.values())
+
+
+def largest(shapes: Shapes) -> int:
+    """Return how many weights the largest linear has."""
+    return max(rows * columns for rows, columns in shapes.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +53,7 @@ Report = Callable[[Mapping[str, float]], None]
 """Receives figures of a long step while it works (loss, sparsity), for the progress display."""
 
 
-class Step(BaseModel):
+class Step(BaseModel, ABC):
     """Options of one step; unknown options are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -53,8 +67,16 @@ class Step(BaseModel):
     accepts_pattern: ClassVar[bool] = True
     """Whether it can prune to N:M."""
 
+    @abstractmethod
+    def working_bytes(self, shapes: Shapes, groups: Sequence[Sequence[str]], dtype: torch.dtype) -> int:
+        """Return the most bytes it holds at once: its results and what making them takes.
 
-class LinearStep(Step, ABC):
+        Beyond them there are the block's weights (of `dtype`), the statistics, and the activations of a batch. groups:
+        names of the linears that share an input, in the order they are pruned.
+        """
+
+
+class LinearStep(Step):
     """Prunes one linear at a time."""
 
     def rows_alone(self, sparsity: Sparsity) -> bool:
@@ -97,14 +119,18 @@ class BlockView(Protocol):
     def statistic(self, name: str, kind: type[Statistic]) -> Statistic:
         """Statistic of a linear's inputs."""
 
-    def output(self, weights: Mapping[str, torch.Tensor], sequences: slice) -> torch.Tensor:
-        """Run the block on the pruned stream with other weights: hidden_BTD, differentiable in them."""
+    def output(self, weights: Mapping[str, Maker], sequences: slice) -> torch.Tensor:
+        """Run the block on the pruned stream with other weights: hidden_BTD, differentiable in what they are made of.
+
+        weights: name of a linear -> what makes its weight_OD, called when the linear runs, and again in the backward
+        pass: a made weight is never kept.
+        """
 
     def target(self, sequences: slice) -> torch.Tensor:
         """Return the hidden_BTD that the pruned block is to reproduce."""
 
 
-class BlockStep(Step, ABC):
+class BlockStep(Step):
     """Prunes the linears of a block together."""
 
     @abstractmethod

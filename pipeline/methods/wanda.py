@@ -5,12 +5,13 @@ Sun et al., "A Simple and Effective Pruning Approach for Large Language Models" 
 ones stay as they are.
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 
-from pipeline.methods.step import LinearStep, PrunedLinear, Solver
-from pipeline.sparsity import Sparsity, keep_by_row, map_rows
+from pipeline.methods.step import LinearStep, PrunedLinear, Shapes, Solver, largest, num_weights
+from pipeline.sparsity import Sparsity, keep_by_row, map_rows, selection_bytes
 from pipeline.statistics import ColumnSquares, Statistic
 
 
@@ -32,6 +33,10 @@ class Wanda(LinearStep):
     def rows_alone(self, sparsity: Sparsity) -> bool:
         """Weights compete within their row only."""
         return True
+
+    def working_bytes(self, shapes: Shapes, groups: Sequence[Sequence[str]], dtype: torch.dtype) -> int:
+        """Masks of a byte a weight, and the selection from a slab of rows."""
+        return num_weights(shapes) + selection_bytes(largest(shapes))
 
     def solver(self, statistic: Statistic | None) -> Solver:
         """Return the function that prunes one linear; input norms are shared by all linears of one input."""

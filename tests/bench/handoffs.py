@@ -24,6 +24,7 @@ from pipeline.config import RunConfig, parse_config
 from pipeline.inputs import embed_tokens, run_dense_blocks
 from pipeline.job import Job, finish, open_job, open_source, order_of
 from pipeline.ledger import RunLock
+from pipeline.memory import unlimited
 from pipeline.peers import Alone
 from pipeline.progress import Silent
 from pipeline.run import LedgerBook
@@ -76,23 +77,24 @@ def run_in_stages(config: RunConfig, num_stages: int) -> float | None:
     with RunLock(config.output), open_source(config) as source:
         stages = partition([1.0] * source.skeleton.num_blocks, num_stages)
         scheme = scheme_of(Topology(stages=stages, replicas=1, handoff="dense"))
-        job = open_job(source, Silent(), lambda: False, scheme)
-        boundary = embed_tokens(source.skeleton, source.calibration.tokens_NT, config.compute.batch)
+        memory = unlimited()
+        job = open_job(source, memory, Silent(), lambda: False, scheme=scheme)
+        tokens_NT, batch = source.calibration.tokens_NT, config.compute.batch
+        boundary = embed_tokens(source.skeleton, tokens_NT, batch, memory.store, "dense")
         for blocks in stages:
             prune_stage(job, boundary, blocks)
-            run_dense_blocks(source.skeleton, boundary, blocks, config.compute.batch)
+            run_dense_blocks(source.skeleton, boundary, blocks, batch, memory)
         return finish(job).perplexity_after
 
 
 def prune_stage(job: Job, boundary: Boundary, blocks: range) -> None:
     """Prune the blocks of one stage, starting from the dense hidden states before it."""
     order = order_of(job.config)
-    start = Boundary.copy_of(boundary)
-    dense = Boundary.copy_of(boundary) if order.recipe.needs_dense_stream else None
-    streams = Streams(pruned=start, dense=dense)
-    shelf = ModelDirectory(job.model_directory)
-    transaction = Transaction(job.skeleton, order, streams, shelf, Silent(), Alone())
-    run_stage(transaction, blocks, {}, LedgerBook(job, num_committed=0))
+    store, shelf = job.memory.store, ModelDirectory(job.model_directory)
+    dense = store.copy("targets", boundary) if order.recipe.needs_dense_stream else None
+    streams = Streams(pruned=store.copy("pruned", boundary), dense=dense)
+    with Transaction(job.skeleton, order, streams, shelf, Silent(), Alone(), job.memory) as transaction:
+        run_stage(transaction, blocks, {}, LedgerBook(job, num_committed=0))
 
 
 def table(results: list[dict[str, Any]], stages: int) -> str:

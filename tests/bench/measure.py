@@ -1,46 +1,71 @@
-"""Runs one configuration in a process of its own and reports its peak memory beyond the imports, and its cost."""
+"""Runs one configuration in a process of its own and watches its memory from outside: the kernel's high-water mark."""
 
 import json
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 CHILD = """
 import json, sys
-from pathlib import Path
-import torch
 from pipeline.config import parse_config
 from pipeline.progress import Silent
 from pipeline.run import run
 
-def status(key):
-    line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(key))
-    return int(line.split()[1]) * 1024
-
 config = parse_config(json.loads(sys.argv[1]), "measured run")
-before = status("VmRSS:")
-Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark starts anew
+print("imported", flush=True)
 report = run(config, Silent(), lambda: False)
-print(json.dumps({"beyond": status("VmHWM:") - before, "imports": before, "report": report.as_json()}))
+print(json.dumps(report.as_json()))
 """
+
+SAMPLE_SECONDS = 0.005
+"""Between two looks: a run begins its mark anew at every phase, so one look in each is enough."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
     """What a run took."""
 
-    beyond_imports: int
-    """Bytes: the kernel's high-water mark of resident memory, less what was resident after the imports."""
+    peak: int
+    """Bytes: the highest of all marks of resident memory."""
 
     imports: int
+    """Bytes that were resident before the run began."""
+
     report: dict[str, Any]
+
+    @property
+    def beyond_imports(self) -> int:
+        """Bytes above what was resident before."""
+        return self.peak - self.imports
 
 
 def measure(config: dict[str, Any]) -> Measured:
-    """Run a configuration (plain data) in a fresh process; raises CalledProcessError with its output on failure."""
+    """Run a configuration (plain data) in a fresh process; raises RuntimeError with its errors on failure."""
     command = [sys.executable, "-c", CHILD, json.dumps(config)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    figures = json.loads(done.stdout.splitlines()[-1])
-    return Measured(beyond_imports=figures["beyond"], imports=figures["imports"], report=figures["report"])
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root) as child:
+        assert child.stdout is not None
+        while child.stdout.readline() != "imported\n":
+            if child.poll() is not None:
+                raise RuntimeError(child.communicate()[1])
+        imports = peak = status_bytes(child.pid, "VmRSS")
+        while child.poll() is None:
+            peak = max(peak, status_bytes(child.pid, "VmHWM"))
+            time.sleep(SAMPLE_SECONDS)
+        printed, errors = child.communicate()
+        if child.returncode:
+            raise RuntimeError(errors)
+    return Measured(peak=peak, imports=imports, report=json.loads(printed.splitlines()[-1]))
+
+
+def status_bytes(pid: int, key: str) -> int:
+    """Return a figure of /proc/PID/status in bytes; 0 once the process has ended."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith(f"{key}:"):
+                return int(line.split()[1]) * 1024
+    return 0

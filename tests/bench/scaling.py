@@ -11,10 +11,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from cluster.cost_model import A100, H100, Gpu, Workload, llama_groups, shape_of_job
+from cluster.cost_model import A100, H100, Gpu, llama_groups, shape_of_job
 from cluster.forecast import Forecast, Links, forecast
 from cluster.job_shape import JobShape, shape_from_measured
 from cluster.topology import Handoff, Topology, partition
+from pipeline.recipe import parse_recipe
+from pipeline.sparsity import Unstructured
+from pipeline.work import Workload
 
 Method = Literal["wanda", "sparsegpt", "besa"]
 
@@ -72,7 +75,8 @@ class Row:
 
 def job_of(method: Method, gpu: Gpu) -> JobShape:
     """Return LLaMA-2-70B's shape for a method."""
-    return shape_of_job(LLAMA_2_70B, method, gpu, read_bytes_per_s=READ, write_bytes_per_s=WRITE)
+    recipe = parse_recipe([method], Unstructured(ratio=0.5))
+    return shape_of_job(LLAMA_2_70B, recipe, gpu, read_bytes_per_s=READ, write_bytes_per_s=WRITE)
 
 
 def topology_of(job: JobShape, handoff: Handoff, num_stages: int, replicas: int) -> Topology:

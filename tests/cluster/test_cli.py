@@ -140,23 +140,6 @@ def test_a_directory_that_is_no_run_directory_is_refused(call: Call, tmp_path: P
     assert f"{tmp_path} is a directory without a config.yaml: neither a configuration nor a run directory" in said
 
 
-def test_plan_prints_one_object_and_leaves_nothing_behind(call: Call, config: Path) -> None:
-    status, output, _ = call("plan", config, "--json")
-    assert status == 0
-    plan = only_object(output)
-    assert (plan["model_type"], plan["num_blocks"], plan["block_weights"]) == ("llama", 3, 7680)
-    assert (plan["device"], plan["dtype"]) == ("cpu", "float32")
-    assert plan["device_bytes"] == sum(plan["terms"].values())
-    assert not (config.parent / "run").exists()
-
-
-def test_plan_draws_a_table(call: Call, config: Path) -> None:
-    status, output, said = call("plan", config, "--set", "prune.recipe=[sparsegpt]")
-    assert (status, output) == (0, "")
-    for fact in ("llama, 3 blocks of 7,680 prunable weights", "Gram matrices", "for the output", "forward passes"):
-        assert fact in said
-
-
 def test_evaluate_agrees_with_a_plain_forward(call: Call, source: Path, finished: Path) -> None:
     windows, text = evaluation_windows(source), source.parent / "text.txt"
     shape = ["--sequence-length", str(LENGTH), "--windows", str(WINDOWS)]
@@ -222,13 +205,19 @@ def test_verify_of_an_unfinished_run_says_that_it_is_unfinished(call: Call, conf
     assert "secateur run" in said
 
 
-def test_doctor_prints_one_object(call: Call, tmp_path: Path) -> None:
-    status, output, said = call("doctor", "--spool", tmp_path, "--json")
-    assert status == 0
+def test_doctor_builds_when_asked_and_prints_one_object(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[bool] = []
+    monkeypatch.setattr("cluster.cli.is_built", lambda: bool(built))
+    monkeypatch.setattr("cluster.cli.build_aio", lambda: built.append(True))
+    status, output, said = call("doctor", "--spool", tmp_path, "--build", "--json")
     found = only_object(output)
+    assert (status, built) == (0, [True])
     assert found["torch"] == {"value": torch.__version__, "ok": True, "advice": ""}
-    assert "MB/s" in found["spool read"]["value"]
-    assert "secateur: doctor" in said
+    assert "MB/s" in found["spool read, threads"]["value"]
+    assert "building DeepSpeed's aio: this takes some minutes, once" in said
+    assert "building" not in call("doctor", "--spool", tmp_path, "--build")[2]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from cluster.depot import Depot, fetch_file, send_file
+from pipeline.durable import remove_leftovers
 from pipeline.errors import StorageError
-from pipeline.shards import remove_leftovers
 
 PIECE = 10
 CONTENT = bytes(range(64))

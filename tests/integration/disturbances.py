@@ -124,10 +124,12 @@ class Witness(Listener):
 class UnderWay:
     """A job that runs over the present cluster in a thread of its own."""
 
-    def __init__(self, settings: dict[str, Any], thread: ThreadPoolExecutor, stop: threading.Event) -> None:
+    def __init__(
+        self, settings: dict[str, Any], num_blocks: int, thread: ThreadPoolExecutor, stop: threading.Event
+    ) -> None:
         self.run_directory = Path(settings["output"])
         self.witness = Witness()
-        self._blocks_a_stage = NUM_BLOCKS // settings["cluster"]["stages"]
+        self._num_blocks, self._num_stages = num_blocks, settings["cluster"]["stages"]
         self._killed: set[Victim] = set()
         self._must_return: set[tuple[int, int]] = set()
         self.outcome: Future[Report] = thread.submit(carry_out_there, settings, self.witness, stop.is_set)
@@ -185,8 +187,8 @@ class UnderWay:
     def _mourn(self, victims: list[Victim]) -> None:
         """Note who has died, and which stages must be started again: those whose blocks are not all committed."""
         self._killed |= set(victims)
-        left = set(range(NUM_BLOCKS)) - commits_of(self.run_directory).keys()
-        unfinished = {block // self._blocks_a_stage for block in left}
+        left = set(range(self._num_blocks)) - commits_of(self.run_directory).keys()
+        unfinished = {block * self._num_stages // self._num_blocks for block in left}
         self._must_return |= {(victim.stage, victim.attempt) for victim in victims if victim.stage in unfinished}
 
     def _wake(self) -> None:
@@ -195,11 +197,11 @@ class UnderWay:
 
 
 @contextmanager
-def under_way(settings: dict[str, Any]) -> Iterator[UnderWay]:
+def under_way(settings: dict[str, Any], num_blocks: int = NUM_BLOCKS) -> Iterator[UnderWay]:
     """Run a job while the `with` block lasts, and then on to its end; raises what the job does."""
     stop = threading.Event()
     with ThreadPoolExecutor(1) as thread:
-        job = UnderWay(settings, thread, stop)
+        job = UnderWay(settings, num_blocks, thread, stop)
         try:
             yield job
             job.outcome.result(PATIENCE)

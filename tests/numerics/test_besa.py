@@ -9,6 +9,7 @@ import torch
 from prodigyopt import Prodigy
 
 from pipeline.errors import NumericsError
+from pipeline.lazy_weights import Maker
 from pipeline.methods.besa import Besa, LearnableRows, block_sparsity
 from pipeline.methods.row_sparsity import shares, tilt_towards
 from pipeline.methods.step import MiniBatch, PrunedLinear
@@ -45,11 +46,11 @@ class MlpBlock:
         }
         self.num_sequences = len(self.hidden_BTD)
         self.num_replicas = 1
-        self._inputs = {"up": self.hidden_BTD, "down": self._hidden_units(self.weights, self.hidden_BTD)}
+        self._inputs = {"up": self.hidden_BTD, "down": self._hidden_units(self.weights["up"], self.hidden_BTD)}
 
     @staticmethod
-    def _hidden_units(weights: Weights, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        return (hidden_BTD @ weights["up"].T).relu()
+    def _hidden_units(up_OD: torch.Tensor, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        return (hidden_BTD @ up_OD.T).relu()
 
     def mini_batches(self, size: int) -> list[MiniBatch]:
         starts = range(0, self.num_sequences, size)
@@ -66,12 +67,15 @@ class MlpBlock:
         statistic.update(self.inputs(name))
         return statistic
 
-    def output(self, weights: Weights, sequences: slice) -> torch.Tensor:
+    def output(self, weights: Mapping[str, Maker], sequences: slice) -> torch.Tensor:
+        return self.output_with({name: make() for name, make in weights.items()}, sequences)
+
+    def output_with(self, weights: Weights, sequences: slice) -> torch.Tensor:
         hidden_BTD = self.hidden_BTD[sequences]
-        return hidden_BTD + self._hidden_units(weights, hidden_BTD) @ weights["down"].T
+        return hidden_BTD + self._hidden_units(weights["up"], hidden_BTD) @ weights["down"].T
 
     def target(self, sequences: slice) -> torch.Tensor:
-        return self.output(self.weights, sequences)
+        return self.output_with(self.weights, sequences)
 
 
 class BrokenBlock(MlpBlock):
@@ -96,7 +100,7 @@ def trained(granularity: Granularity, percent: int) -> tuple[dict[str, PrunedLin
 def error_under(keep: Mapping[str, torch.Tensor], block: MlpBlock) -> float:
     everything = slice(0, block.num_sequences)
     pruned = {name: block.weights[name] * keep[name] for name in keep}
-    return reference.relative_error(block.output(pruned, everything), block.target(everything))
+    return reference.relative_error(block.output_with(pruned, everything), block.target(everything))
 
 
 def uniform_wanda(block: MlpBlock, percent: int) -> dict[str, torch.Tensor]:
@@ -193,7 +197,7 @@ def textbook_descent(block: MlpBlock, target: float, num_updates: int) -> list[t
             wanted_G = share_GP @ (torch.arange(101) / 100) * weight_OD.shape[1]
             masked[name] = reference.straight_through_weight(share_GP, weight_OD, ranks[name], wanted_G.floor())
             num_pruned = num_pruned + wanted_G.sum()
-        output, expected = block.output(masked, slice(i, i + 1)), block.target(slice(i, i + 1))
+        output, expected = block.output_with(masked, slice(i, i + 1)), block.target(slice(i, i + 1))
         error = ((output - expected).square().sum(dim=(0, 1)) / expected.square().sum(dim=(0, 1))).mean()
         sparsity = num_pruned / NUM_WEIGHTS
         torch.autograd.backward(error + 5 * ((sparsity - target) / target) ** 2)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import pytest
 import torch
 
+from pipeline.lazy_weights import Maker
 from pipeline.methods.besa import Besa
 from pipeline.methods.step import MiniBatch, PrunedLinear
 from pipeline.sparsity import Unstructured
@@ -42,11 +43,11 @@ class LinearBlock:
     def sum(self, tensors: Sequence[torch.Tensor]) -> None:
         """Nobody else has sequences."""
 
-    def output(self, weights: Mapping[str, torch.Tensor], sequences: slice) -> torch.Tensor:
-        return self.hidden_BTD[sequences] @ weights["linear"].T
+    def output(self, weights: Mapping[str, Maker], sequences: slice) -> torch.Tensor:
+        return self.hidden_BTD[sequences] @ weights["linear"]().T
 
     def target(self, sequences: slice) -> torch.Tensor:
-        return self.output(self.weights, sequences)
+        return self.hidden_BTD[sequences] @ self.weights["linear"].T
 
 
 class ReplicaBlock(LinearBlock):

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.methods import row_sparsity
+from pipeline import sparsity
 from pipeline.methods.row_sparsity import (
     NUM_CANDIDATES,
     MaskedWeight,
@@ -124,7 +124,7 @@ def test_the_gradient_is_that_of_the_soft_mask_written_out(shape: tuple[int, int
 def test_slabs_do_not_change_the_gradient(num_groups: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, weight_OD, rank_OD, _ = problem((40, 100), num_groups)
     whole = prefix_at_candidates(weight_OD.sin(), weight_OD, rank_OD)
-    monkeypatch.setattr(row_sparsity, "SLAB_NUMEL", 7 * 100 + 1)
+    monkeypatch.setattr(sparsity, "SLAB_NUMEL", 7 * 100 + 1)
     assert torch.equal(prefix_at_candidates(weight_OD.sin(), weight_OD, rank_OD), whole)
 
 

@@ -17,6 +17,7 @@ from pipeline.sparsity import (
     keep_by_matrix,
     keep_by_row,
     keep_highest,
+    kept_in_rows,
     map_rows,
     parse_sparsity,
     row_ranks,
@@ -128,6 +129,12 @@ def test_a_map_over_rows_sees_every_row_once_and_in_order(monkeypatch: pytest.Mo
     assert heights == [3, 3, 1]
     assert torch.equal(doubled_RN, 2 * matrix_RN.double())
     assert doubled_RN.dtype == torch.float64
+
+
+def test_rows_are_counted_whatever_the_slab(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparsity, "SLAB_NUMEL", 3 * 4)
+    keep_RN = torch.arange(40).reshape(10, 4) % 3 > 0
+    assert kept_in_rows(keep_RN).tolist() == [sum(row) for row in keep_RN.tolist()]
 
 
 def test_scores_are_left_as_they_were() -> None:

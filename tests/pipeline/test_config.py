@@ -144,6 +144,7 @@ FULL = {
     },
     "prune": {"sparsity": "2:4", "recipe": ["wanda", {"sparsegpt": {"damping": 0.1}}], "skip": ["mlp.*"]},
     "compute": {"device": "cpu", "dtype": "bfloat16", "batch": 7},
+    "memory": {"device": "20GiB", "host": "16GiB", "spool": "/s", "activations": "disk", "io": "aio"},
     "evaluate": {"text": "/x.txt", "take": "last", "sequence_length": 64, "windows": 2},
 }  # fmt: skip
 
@@ -183,7 +184,7 @@ def test_a_configuration_cannot_be_changed() -> None:
 @pytest.mark.parametrize(
     ("sections", "expected"),
     [
-        ({"fruit": 1}, "fruit: unknown key; known keys: model, output, calibration, prune, compute, evaluate, cluster"),
+        ({"fruit": 1}, "fruit: unknown key; known keys: " + ", ".join(RunConfig.model_fields)),
         ({"prun": {}}, "prun: unknown key; did you mean 'prune'?"),
         ({"model": {"pth": "x", "hub": "a/b"}}, "model.pth: unknown key; did you mean 'path'?"),
         ({"calibration": {"sequence": 3}}, "calibration.sequence: unknown key; did you mean 'sequences'?"),

@@ -10,6 +10,7 @@ import torch
 
 from pipeline import doctor
 from pipeline.doctor import Finding, examine
+from tests.pipeline.engines import needs_aio
 
 
 def examined(spool: Path, device: torch.device | None = None) -> dict[str, Finding]:
@@ -30,7 +31,7 @@ def test_a_sound_machine_has_nothing_wrong_with_it(tmp_path: Path) -> None:
 
 def test_disk_and_arithmetic_are_measured_in_their_units(tmp_path: Path) -> None:
     findings = examined(tmp_path, torch.device("cpu"))
-    for name in ("spool write", "spool read"):
+    for name in ("spool write, threads", "spool read, threads"):
         rate, unit = findings[name].value.split()
         assert float(rate) > 0
         assert unit == "MB/s"
@@ -49,7 +50,7 @@ def test_a_spool_that_does_not_exist_yet_is_measured_where_it_will_be(tmp_path: 
     findings = examined(tmp_path / "not" / "yet")
     assert findings["spool"].ok
     assert findings["spool"].value.startswith(f"{tmp_path}/not/yet, ")
-    assert "spool read" in findings
+    assert "spool read, threads" in findings
     assert not (tmp_path / "not").exists()
 
 
@@ -64,19 +65,59 @@ def test_a_spool_that_cannot_be_written_is_a_finding_with_a_way_out(tmp_path: Pa
     assert findings["spool"].ok is False
     assert "Not a directory" in findings["spool"].value
     assert findings["spool"].advice.startswith("set memory.spool to a directory this user can write")
-    assert "spool write" not in findings
+    assert not any(name.startswith("spool write") for name in findings)
     assert "matmul float32 on cpu" in findings
 
 
 def test_a_full_disk_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_: int) -> None:
+    def full(fd: int, offset: int, length: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "posix_fallocate", full)
     spool = examined(tmp_path)["spool"]
     assert spool.ok is False
     assert "No space left on device" in spool.value
     assert list(tmp_path.iterdir()) == []
+
+
+@needs_aio
+def test_aio_that_is_built_is_used_and_measured_beside_the_threads(tmp_path: Path) -> None:
+    findings = examined(tmp_path)
+    assert (findings["deepspeed aio"].value, findings["deepspeed aio"].ok) == ("built", True)
+    assert findings["spool engine"].value == "aio"
+    for name in ("spool write, aio", "spool read, aio", "spool write, threads", "spool read, threads"):
+        assert findings[name].value.endswith(" MB/s")
+
+
+def test_aio_that_is_not_built_says_how_and_is_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("doctor", "pagers"):
+        monkeypatch.setattr(f"pipeline.{module}.is_installed", lambda: True)
+        monkeypatch.setattr(f"pipeline.{module}.is_built", lambda: False)
+    findings = examined(tmp_path)
+    assert (findings["deepspeed aio"].value, findings["deepspeed aio"].ok) == ("not built", None)
+    assert "secateur doctor --build" in findings["deepspeed aio"].advice
+    assert "libaio-dev" in findings["deepspeed aio"].advice
+    assert findings["spool engine"].value == "threads"
+    assert "spool write, aio" not in findings
+
+
+def test_without_deepspeed_all_is_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("doctor", "pagers"):
+        monkeypatch.setattr(f"pipeline.{module}.is_installed", lambda: False)
+    findings = examined(tmp_path)
+    assert (findings["deepspeed aio"].value, findings["deepspeed aio"].ok) == ("not installed", None)
+    assert "pip install 'secateur[paging]'" in findings["deepspeed aio"].advice
+    assert findings["spool engine"].value == "threads"
+
+
+def test_aio_that_is_built_and_does_not_work_here_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("is_installed", "is_built"):
+        monkeypatch.setattr(doctor, name, lambda: True)
+    monkeypatch.setattr(doctor, "why_not_aio", lambda directory: "the system refuses to lock 8 bytes")
+    findings = examined(tmp_path)
+    assert (findings["deepspeed aio"].value, findings["deepspeed aio"].ok) == ("built, unusable here", False)
+    assert "refuses to lock" in findings["deepspeed aio"].advice
+    assert findings["spool engine"].value == "threads"
 
 
 def test_a_slow_disk_is_told_apart_from_a_fast_one() -> None:
@@ -129,3 +170,4 @@ def test_a_card_is_named_with_its_memory_and_measured(tmp_path: Path) -> None:
     findings = examined(tmp_path)
     assert "GiB free of" in findings["device cuda:0"].value
     assert findings["matmul bfloat16 on cuda"].value.endswith("TFLOP/s")
+    assert findings["copy to device"].value.endswith("GB/s")

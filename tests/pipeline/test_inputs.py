@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from pipeline import inputs
-from pipeline.activations import Boundary, StreamName
+from pipeline.activations import Boundary, StreamName, in_memory
 from pipeline.checkpoint import Checkpoint
 from pipeline.inputs import can_hold, embed_tokens, pass_dense_stream, run_dense_blocks
+from pipeline.memory import unlimited
 from pipeline.skeleton import Skeleton
+from tests.stores import everything
 from tests.tiny import save_tiny, some_tokens
 
 CPU = torch.device("cpu")
@@ -50,13 +52,13 @@ def test_what_passes_through_is_what_running_the_blocks_makes(
     skeleton: Skeleton, holds_all: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inputs, "can_hold", lambda *_: holds_all)
-    boundary = embed_tokens(skeleton, TOKENS_NT, BATCH)
-    before, kept = boundary.hidden_NTD.clone(), Kept(Boundary.copy_of(boundary))
+    boundary = embed_tokens(skeleton, TOKENS_NT, BATCH, in_memory(), "pruned")
+    before, kept = everything(boundary), Kept(in_memory().copy("kept", boundary))
     pass_dense_stream(skeleton, boundary, range(1, 3), BATCH, kept)
-    assert torch.equal(boundary.hidden_NTD, before), "the stage's own input stays"
+    assert torch.equal(everything(boundary), before), "the stage's own input stays"
     assert kept.order == [slice(0, 2), slice(2, 4), slice(4, 5)]
-    run_dense_blocks(skeleton, boundary, range(1, 3), BATCH)
-    assert torch.equal(kept.boundary.hidden_NTD, boundary.hidden_NTD)
+    run_dense_blocks(skeleton, boundary, range(1, 3), BATCH, unlimited())
+    assert torch.equal(everything(kept.boundary), everything(boundary))
     assert all(parameter.is_meta for block in skeleton.blocks for parameter in block.parameters())
 
 
@@ -66,10 +68,10 @@ def test_rounds_read_the_weights_anew_and_holding_them_reads_once(
     loaded: list[int] = []
     load = skeleton.load_block
     monkeypatch.setattr(skeleton, "load_block", lambda index, source: loaded.append(index) or load(index, source))
-    boundary = embed_tokens(skeleton, TOKENS_NT, 1)
+    boundary = embed_tokens(skeleton, TOKENS_NT, 1, in_memory(), "pruned")
     for holds_all in (True, False):
         monkeypatch.setattr(inputs, "can_hold", lambda *_, answer=holds_all: answer)
-        pass_dense_stream(skeleton, boundary, range(2), 1, Kept(Boundary.copy_of(boundary)))
+        pass_dense_stream(skeleton, boundary, range(2), 1, Kept(in_memory().copy("kept", boundary)))
     assert loaded == [0, 1] + [0, 1] * 3  # five sequences make three rounds of two
 
 

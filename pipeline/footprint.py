@@ -1,0 +1,299 @@
+"""What each phase of a run holds, by place and name: from shapes and settings alone, before any weight is read.
+
+    embed      the embedding
+    read       a block's weights
+    collect    the dense block, statistics, the activations of a batch
+    prune      the block, its statistics and masks, and what the largest step works with
+    commit     the block, its masks, and one matrix at a time as it is stored
+    propagate  the pruned block and the activations of a batch
+    fused      propagate of one block and collect of the next at once: both blocks
+    evaluate   a block, or the head with a few tokens' logits
+
+Beside each phase's own, hidden states are held throughout, and the next block's weights where they are read ahead.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.budget import Place
+from pipeline.memory_config import Tier
+from pipeline.methods.besa import Besa
+from pipeline.methods.step import BlockStep, Step
+from pipeline.recipe import Recipe
+from pipeline.statistics import SLAB_NUMEL, ColumnSquares, Gram
+from pipeline.work import Workload, statistics_bytes
+
+PAGE = 4096
+"""Hidden states of each sequence lie at a multiple of it in the spool."""
+
+SLOTS = 4
+"""Batches of each boundary on their way to or from the spool."""
+
+READ_BUFFERS = 32 << 20
+"""Buffers that weights come through from the disk."""
+
+LOGIT_TOKENS = 128
+"""Tokens whose logits an evaluation makes at once."""
+
+HEAP_BYTES = 64 << 20
+"""The most freed memory that the C library keeps for later: twice its threshold for giving a piece back at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """How a run uses memory; none of it changes what comes out."""
+
+    tier: Tier
+    """Where hidden states are kept."""
+
+    fused: bool
+    """Whether a block is propagated, and the next one collected, batch by batch at the same time."""
+
+    ahead: int
+    """Blocks whose weights are read ahead: 0 or 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scale:
+    """A run in numbers: all that its footprint depends on, beside the choice."""
+
+    work: Workload
+    recipe: Recipe
+    names: tuple[tuple[str, ...], ...]
+    """Of the linears of the largest block, by the input they share; their shapes are those of `work.groups`."""
+
+    block_numel: int
+    """Numbers in the largest block, norms and biases included."""
+
+    outside_numel: int
+    """Numbers in the largest weight outside the blocks: embedding and head are never held together."""
+
+    vocab_size: int
+    dtype: torch.dtype
+    """In which blocks run."""
+
+    stored: torch.dtype
+    """In which weights are stored."""
+
+    unified: bool
+    """Whether blocks run in host memory: on a CPU."""
+
+    windows: tuple[int, int] | None = None
+    """Windows of an evaluation and their length, where there is one and its number of windows is known."""
+
+    @property
+    def block_bytes(self) -> int:
+        """Weights of a block where blocks run."""
+        return self.block_numel * self.dtype.itemsize
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(out features, in features) of every linear, by its name."""
+        pairs = zip(self.names, self.work.groups, strict=True)
+        return {name: shape for names, group in pairs for name, shape in zip(names, group, strict=True)}
+
+    @property
+    def num_boundaries(self) -> int:
+        """The pruned stream, and where asked the targets or the dense stream (which serves as targets too)."""
+        return 2 if self.recipe.needs_targets else 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """One thing that is held."""
+
+    place: Place
+    what: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """All that is held during one phase."""
+
+    name: str
+    held: tuple[Held, ...]
+
+    def bytes_in(self, place: Place) -> int:
+        """Bytes held in one place."""
+        return sum(held.num_bytes for held in self.held if held.place == place)
+
+
+def footprint(scale: Scale, choice: Choice, baseline: int) -> tuple[Phase, ...]:
+    """Return what every phase of a run holds. `baseline`: host bytes of the interpreter and its libraries.
+
+    On a CPU the device's memory is the host's, and all of it is counted there.
+    """
+    phases = {
+        "embed": (*_embed(scale), *_hidden(scale, choice)),
+        "read": (*_read(scale), *_ahead(scale, choice), *_hidden(scale, choice)),
+        "collect": (*_collect(scale), *_ahead(scale, choice), *_hidden(scale, choice)),
+        "prune": (*_prune(scale), *_ahead(scale, choice), *_hidden(scale, choice)),
+        "commit": (*_commit(scale), *_ahead(scale, choice), *_hidden(scale, choice)),
+        "propagate": (*_propagate(scale), *_ahead(scale, choice), *_hidden(scale, choice)),
+    }
+    if choice.fused:
+        phases["fused"] = (*_fused(scale), *_hidden(scale, choice))
+        del phases["propagate"]
+    if scale.windows is not None:
+        phases["evaluate"] = _evaluate(scale, choice, *scale.windows)
+    process = Held(place="host", what="interpreter and libraries", num_bytes=baseline)
+    kept = _on_host("freed memory that is kept", _kept_by_heaps(phases.values()))
+    return tuple(Phase(name=name, held=_merged(scale, (process, kept, *held))) for name, held in phases.items())
+
+
+def _merged(scale: Scale, held: tuple[Held, ...]) -> tuple[Held, ...]:
+    """Count device memory as the host's where it is."""
+    if not scale.unified:
+        return held
+    return tuple(
+        Held(place="host" if h.place == "device" else h.place, what=h.what, num_bytes=h.num_bytes) for h in held
+    )
+
+
+def _on_device(what: str, num_bytes: int) -> Held:
+    return Held(place="device", what=what, num_bytes=num_bytes)
+
+
+def _on_host(what: str, num_bytes: int) -> Held:
+    return Held(place="host", what=what, num_bytes=num_bytes)
+
+
+def _hidden(scale: Scale, choice: Choice) -> Iterator[Held]:
+    """Hidden states between blocks, of all sequences."""
+    work, count = scale.work, scale.num_boundaries
+    yield _on_host("tokens", 8 * work.all_tokens)
+    yield from _boundaries(choice, count, work.num_sequences, work.boundary_bytes // work.num_sequences, work.batch)
+
+
+def _boundaries(choice: Choice, count: int, num_sequences: int, sequence_bytes: int, batch: int) -> Iterator[Held]:
+    if choice.tier == "disk":
+        padded = -(-sequence_bytes // PAGE) * PAGE
+        yield Held(place="spool", what="hidden states", num_bytes=count * num_sequences * padded)
+        yield _on_host("buffers of the spool", count * SLOTS * min(batch, num_sequences) * padded)
+    else:
+        place: Place = "device" if choice.tier == "device" else "host"
+        yield Held(place=place, what="hidden states", num_bytes=count * num_sequences * sequence_bytes)
+
+
+def _ahead(scale: Scale, choice: Choice) -> Iterator[Held]:
+    """The next block: on a CPU as it will run, else as it is stored, in host memory."""
+    if choice.ahead:
+        size = scale.block_bytes if scale.unified else scale.block_numel * scale.stored.itemsize
+        yield _on_host("the next block's weights", size)
+        yield _on_host("buffers for reading weights", READ_BUFFERS)
+
+
+def _embed(scale: Scale) -> Iterator[Held]:
+    yield _on_device("embedding", scale.outside_numel * scale.dtype.itemsize)
+    yield _on_device("activations of a batch", 3 * _batch_tokens(scale) * scale.work.hidden * scale.dtype.itemsize)
+
+
+def _read(scale: Scale) -> Iterator[Held]:
+    yield _on_device("weights", scale.block_bytes)
+    yield _on_host("buffers for reading weights", READ_BUFFERS)
+    if not scale.unified:
+        yield _on_host("the block's weights as stored", scale.block_numel * scale.stored.itemsize)
+
+
+def _collect(scale: Scale) -> Iterator[Held]:
+    yield _on_device("weights", scale.block_bytes)
+    yield from _statistics(scale)
+    yield _on_device("activations of a batch", _forward_bytes(scale, _batch_tokens(scale)))
+
+
+def _statistics(scale: Scale) -> Iterator[Held]:
+    yield _on_device("statistics", statistics_bytes(scale.work, scale.recipe))
+    inputs = _batch_tokens(scale) * max(scale.work.widths)
+    if Gram in scale.recipe.statistics and scale.dtype != torch.float32:
+        yield _on_device("inputs in float32", 4 * inputs)
+    if ColumnSquares in scale.recipe.statistics and not scale.unified:
+        yield _on_device("inputs in float64, and their squares", 16 * min(inputs, SLAB_NUMEL))
+
+
+def _prune(scale: Scale) -> Iterator[Held]:
+    """At its largest step; what the steps before it have made is held beside its own results."""
+    yield _on_device("weights", scale.block_bytes)
+    yield _on_device("statistics", statistics_bytes(scale.work, scale.recipe))
+    steps = scale.recipe.steps
+    working, name = max(
+        (_made(scale, i) + _step_bytes(scale, s), type(s).__name__.lower()) for i, s in enumerate(steps)
+    )
+    yield _on_device(f"work of {name}", working)
+    if isinstance(steps[0], BlockStep):
+        yield _on_device("activations to learn from", _learning_bytes(scale))
+
+
+def _step_bytes(scale: Scale, step: Step) -> int:
+    return step.working_bytes(scale.shapes, scale.names, scale.dtype)
+
+
+def _made(scale: Scale, num_steps: int) -> int:
+    """Masks, and new weights, that the first steps of the recipe have made."""
+    steps, numel = scale.recipe.steps[:num_steps], scale.work.num_weights
+    rewritten = any(step.statistic is Gram for step in steps)
+    return (numel if steps else 0) + (numel * scale.dtype.itemsize if rewritten else 0)
+
+
+def _commit(scale: Scale) -> Iterator[Held]:
+    """A matrix as stored is made where the block's own is in another dtype, or elsewhere."""
+    yield _on_device("weights", scale.block_bytes)
+    yield _on_device("masks and new weights", _made(scale, len(scale.recipe.steps)))
+    if scale.dtype != scale.stored or not scale.unified:
+        largest = max(rows * columns for rows, columns in scale.shapes.values())
+        yield _on_host("a matrix as stored, and its mask", largest * (scale.stored.itemsize + 1))
+    yield _on_device("activations of a sequence", _forward_bytes(scale, scale.work.num_tokens))
+
+
+def _propagate(scale: Scale) -> Iterator[Held]:
+    yield _on_device("weights", scale.block_bytes)
+    yield _on_device("activations of a batch", _forward_bytes(scale, _batch_tokens(scale)))
+
+
+def _fused(scale: Scale) -> Iterator[Held]:
+    yield _on_device("weights of both blocks", 2 * scale.block_bytes)
+    yield from _statistics(scale)
+    yield _on_device("activations of a batch", _forward_bytes(scale, _batch_tokens(scale)))
+    yield _on_host("buffers for reading weights", READ_BUFFERS)
+
+
+def _evaluate(scale: Scale, choice: Choice, num_windows: int, length: int) -> tuple[Held, ...]:
+    """A block with a batch, or the head with its logits, in dtype, in float32, and as logarithms of probabilities."""
+    size = scale.dtype.itemsize
+    sequence_bytes, batch = length * scale.work.hidden * size, min(scale.work.batch, num_windows)
+    logits = min(LOGIT_TOKENS, length) * scale.vocab_size * (size + 8)
+    boundary = tuple(_boundaries(choice, 1, num_windows, sequence_bytes, scale.work.batch))
+    block = scale.block_bytes + _forward_bytes(scale, batch * length)
+    head = scale.outside_numel * size + logits
+    if head > block + sum(held.num_bytes for held in _ahead(scale, choice)):
+        return _on_device("head and logits", head), *boundary
+    return _on_device("weights and activations", block), *_ahead(scale, choice), *boundary
+
+
+def _batch_tokens(scale: Scale) -> int:
+    return min(scale.work.batch, scale.work.num_sequences) * scale.work.num_tokens
+
+
+def _forward_bytes(scale: Scale, num_tokens: int) -> int:
+    """Live at once where an MLP is widest: its three wide tensors, and four as wide as the hidden states."""
+    return num_tokens * (4 * scale.work.hidden + 3 * _widest(scale)) * scale.dtype.itemsize
+
+
+def _learning_bytes(scale: Scale) -> int:
+    """Kept for the backward pass, and live in it: as counted in a LLaMA block; norms and the loss are in float32."""
+    size, hidden, work = scale.dtype.itemsize, scale.work.hidden, scale.work
+    sequences = max(step.batch for step in scale.recipe.steps if isinstance(step, Besa))
+    num_tokens = min(sequences, work.num_sequences) * work.num_tokens
+    return num_tokens * (7 * _widest(scale) * size + (8 * size + 20) * hidden)
+
+
+def _widest(scale: Scale) -> int:
+    return max(max(shape) for shape in scale.shapes.values())
+
+
+def _kept_by_heaps(phases: Iterable[tuple[Held, ...]]) -> int:
+    """Activations and temporaries come and go in the C library's heaps, which keep some of what is freed."""
+    passing = ("activations", "work of")
+    return min(HEAP_BYTES, max(sum(h.num_bytes for h in held if h.what.startswith(passing)) for held in phases))

@@ -1,0 +1,97 @@
+"""Where a run keeps what is large: its budget, the place of its hidden states, and what moves bytes to the disk."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from pipeline.activations import Store, in_memory
+from pipeline.budget import Budget
+from pipeline.footprint import Choice
+from pipeline.memory_config import MemoryConfig
+from pipeline.meter import PeakMeter
+from pipeline.pagers import open_pager
+from pipeline.paging import Pager
+from pipeline.skeleton import Skeleton
+from pipeline.spool import Spool, existing
+from pipeline.weights import BlockWeights
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What pruning has moved past the page cache, or from one memory to another."""
+
+    weights_read: int = 0
+    """Bytes of weights that came through the pager."""
+
+    hidden_read: int = 0
+    """Bytes of hidden states taken from where they are kept."""
+
+    hidden_written: int = 0
+    waited_for_weights: float = 0.0
+    """Seconds."""
+
+    waited_for_hidden: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """What a run's large data is taken from."""
+
+    budget: Budget
+    store: Store
+    """Makes the boundaries."""
+
+    pager: Pager | None = None
+    """Moves weights past the page cache; without one they are read through it."""
+
+    fused: bool = False
+    """Whether the next block is collected while one is propagated."""
+
+    ahead: int = 1
+    """Blocks whose weights are read ahead."""
+
+    meter: PeakMeter = field(default_factory=lambda: PeakMeter(torch.device("cpu")))
+    traffic: Traffic = field(default_factory=Traffic)
+
+    def weights_of(self, skeleton: Skeleton) -> BlockWeights:
+        """Return what brings the blocks of a skeleton to where they run; to be closed by the caller."""
+        return BlockWeights(skeleton, self.budget, self.pager)
+
+
+def unlimited() -> Memory:
+    """Return memory without ceilings, on the host alone."""
+    return Memory(budget=Budget(), store=in_memory())
+
+
+@contextmanager
+def opened_memory(
+    config: MemoryConfig, choice: Choice, spool_directory: Path, device: torch.device, *, baseline: int, batch: int
+) -> Iterator[Memory]:
+    """Open what a choice asks for, under the ceilings of a configuration; the spool is removed at the end.
+
+    `baseline`: bytes that the process holds already. Raises StorageError where the spool cannot be made.
+    """
+    budget = Budget(
+        {"device": config.device, "host": config.host, "spool": config.spool_limit},
+        baseline=baseline,
+        unified=device.type == "cpu",
+    )
+    with ExitStack() as stack:
+        spool: Spool | None = None
+        pager: Pager | None = None
+        if choice.tier == "disk":
+            spool = stack.enter_context(Spool.opened(spool_directory, config.spool_limit))
+        if choice.tier == "disk" or config.is_managed:
+            pinned = device.type == "cuda"
+            pager = stack.enter_context(closing(open_pager(config.io, existing(spool_directory), pinned=pinned)))
+        yield Memory(
+            budget=budget,
+            store=Store(choice.tier, device, budget, spool, pager, batch=batch),
+            pager=pager,
+            fused=choice.fused,
+            ahead=choice.ahead,
+            meter=PeakMeter(device),
+        )

@@ -1,0 +1,44 @@
+"""What is asked of every block, and whether a block can be pruned so."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from pipeline.errors import ConfigError
+from pipeline.linears import Linear, find_linears
+from pipeline.recipe import Recipe
+from pipeline.sparsity import SemiStructured, Sparsity, divides
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What is asked of every block."""
+
+    recipe: Recipe
+    sparsity: Sparsity
+    skip: tuple[str, ...] = ()
+    batch: int = 4
+
+
+def linears_to_prune(block: nn.Module, skip: tuple[str, ...]) -> list[Linear]:
+    """Return the linears of a block less the skipped; raises ConfigError when a pattern or a block comes out empty."""
+    everything, linears = find_linears(block), find_linears(block, skip)
+    names = ", ".join(linear.name for linear in everything)
+    for pattern in skip:
+        if len(find_linears(block, [pattern])) == len(everything):
+            raise ConfigError(f"prune.skip: {pattern!r} matches no linear of a block; they are called {names}")
+    if not linears:
+        raise ConfigError(f"prune.skip leaves nothing to prune of {names}; skip fewer")
+    return linears
+
+
+def check_divides(linears: Sequence[Linear], block: nn.Module, sparsity: Sparsity) -> None:
+    """Raise ConfigError when an N:M group does not divide a linear's rows."""
+    for linear in linears:
+        num_columns = linear.weight(block).shape[1]
+        if isinstance(sparsity, SemiStructured) and not divides(sparsity, num_columns):
+            raise ConfigError(
+                f"{linear.name} has {num_columns} input features, not a multiple of the group of {sparsity.group} "
+                f"in {sparsity}; add it to prune.skip, or use another pattern or an unstructured sparsity"
+            )

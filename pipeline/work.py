@@ -1,0 +1,289 @@
+"""What pruning a block takes, counted from shapes alone: arithmetic, memory traffic, bytes read and written.
+
+Nothing here knows how fast anything is. The plan divides these counts by speeds measured on one machine, the
+cluster's forecast by those of an accelerator; so both are of one opinion about what there is to do.
+
+N sequences of T tokens run through a block; a *group* is the linears that share one input.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import nn
+
+from pipeline.linears import Linear, find_linears
+from pipeline.methods.besa import Besa
+from pipeline.methods.row_sparsity import NUM_CANDIDATES
+from pipeline.methods.sparsegpt import SparseGPT
+from pipeline.methods.step import Step
+from pipeline.recipe import Recipe
+from pipeline.statistics import Gram
+
+Linears = Sequence[tuple[int, int]]
+"""Linears that share one input: (out features, in features) of each."""
+
+SELECTION_BYTES = 80
+"""Memory traffic per weight of choosing the smallest of each row: scores, and the passes of a sort."""
+
+MASK_STEP_BYTES = 18
+"""Memory traffic per weight and update of BESA: 16-bit ranks, the masked weight, its gradient."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Count:
+    """What something takes; counts of one thing after another add up."""
+
+    gemm: float = 0.0
+    """Operations of a block's matrix products, in its dtype."""
+
+    gram: float = 0.0
+    """Operations of float32 products: Gram matrices, and SparseGPT's updates."""
+
+    factor: float = 0.0
+    """Operations of float32 factorisations."""
+
+    columns: int = 0
+    """Steps of SparseGPT from one column to the next."""
+
+    memory: float = 0.0
+    """Bytes to and from the memory where blocks run, beside those of matrix products."""
+
+    weights_read: int = 0
+    """Bytes of weights read from disk."""
+
+    weights_written: int = 0
+    """Bytes of weights written to disk, and hashed."""
+
+    hidden_read: int = 0
+    """Bytes of hidden states read from where they are kept."""
+
+    hidden_written: int = 0
+    """Bytes of hidden states written there."""
+
+    @property
+    def flops(self) -> float:
+        """All operations."""
+        return self.gemm + self.gram + self.factor
+
+    def __add__(self, other: "Count") -> "Count":
+        """Return the count of both."""
+        return Count(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Count)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """A model of equal blocks, and the calibration sequences that run through them."""
+
+    groups: tuple[Linears, ...]
+    """A block's linears in the order they run."""
+
+    hidden: int
+    """Features of the hidden states."""
+
+    num_blocks: int
+    num_sequences: int
+    num_tokens: int
+    """Per sequence."""
+
+    batch: int = 1
+    dtype_bytes: int = 2
+    """Of a number where blocks run."""
+
+    stored_bytes: int = 2
+    """Of a weight on disk."""
+
+    @property
+    def num_weights(self) -> int:
+        """Prunable weights of a block."""
+        return sum(weights_of(group) for group in self.groups)
+
+    @property
+    def num_rows(self) -> int:
+        """Out features of all linears of a block."""
+        return sum(rows for group in self.groups for rows, _ in group)
+
+    @property
+    def widths(self) -> list[int]:
+        """Features of each distinct input."""
+        return [group[0][1] for group in self.groups]
+
+    @property
+    def all_tokens(self) -> int:
+        """Tokens of all sequences."""
+        return self.num_sequences * self.num_tokens
+
+    @property
+    def boundary_bytes(self) -> int:
+        """Hidden states of all sequences between two blocks."""
+        return self.all_tokens * self.hidden * self.dtype_bytes
+
+    @property
+    def forward_flops(self) -> float:
+        """One pass of all tokens through a block: its linears, and causal attention."""
+        return 2.0 * self.all_tokens * (self.num_weights + self.num_tokens * self.hidden)
+
+    @property
+    def collect_flops(self) -> float:
+        """The same, ended at the input of the last linears: all that statistics need."""
+        return self.forward_flops - 2.0 * self.all_tokens * weights_of(self.groups[-1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pruning:
+    """What one step of a recipe takes, by how replicas can share it."""
+
+    shared: Count = Count()
+    """Divided between replicas."""
+
+    pieces: tuple[Count, ...] = ()
+    """Each done by one replica."""
+
+    repeated: Count = Count()
+    """Done by every replica."""
+
+    solved_bytes: int = 0
+    """Masks and weights that the replica which made them sends to all others."""
+
+    gradient_bytes: int = 0
+    """Summed over replicas at every update."""
+
+    num_updates: int = 0
+
+    @property
+    def whole(self) -> Count:
+        """All of it, for one who works alone."""
+        return sum(self.pieces, self.shared + self.repeated)
+
+
+def count_read(work: Workload) -> Count:
+    """Count the reading of a block."""
+    return Count(weights_read=work.num_weights * work.stored_bytes)
+
+
+def count_collect(work: Workload, recipe: Recipe) -> Count:
+    """Count the runs of the dense block that gather statistics and targets.
+
+    Where targets come from the dense stream, that stream is advanced too, and its outputs serve as targets.
+    """
+    boundary, one = work.boundary_bytes, work.boundary_bytes // work.num_sequences
+    if recipe.needs_dense_stream:
+        flops, traffic = (
+            work.collect_flops + work.forward_flops,
+            Count(hidden_read=2 * boundary, hidden_written=boundary),
+        )
+    elif recipe.needs_targets:
+        flops, traffic = work.forward_flops, Count(hidden_read=boundary, hidden_written=boundary)
+    elif recipe.statistics:
+        flops, traffic = work.collect_flops, Count(hidden_read=boundary)
+    else:  # only the error of the first sequence is wanted
+        flops, traffic = work.forward_flops / work.num_sequences, Count(hidden_read=one)
+    gram = 2.0 * work.all_tokens * gram_numel(work) if Gram in recipe.statistics else 0.0
+    return Count(gemm=flops, gram=gram) + traffic
+
+
+def count_prune(work: Workload, step: Step) -> Pruning:
+    """Count one step of a recipe. A method that has no count of its own takes a selection among all weights."""
+    return _PRUNING.get(type(step), _selection)(work, step)
+
+
+def count_commit(work: Workload, recipe: Recipe) -> Count:
+    """Count the writing of a block.
+
+    Kept weights that no step has changed are read from the source once more, where blocks run in a narrower dtype.
+    """
+    size = work.num_weights * work.stored_bytes
+    rewritten = any(isinstance(step, SparseGPT) for step in recipe.steps)
+    is_read = not rewritten and work.dtype_bytes < work.stored_bytes
+    return Count(weights_read=size if is_read else 0, weights_written=size)
+
+
+def count_propagate(work: Workload) -> Count:
+    """Count one run of the pruned block over all sequences."""
+    return Count(gemm=work.forward_flops, hidden_read=work.boundary_bytes, hidden_written=work.boundary_bytes)
+
+
+def statistics_bytes(work: Workload, recipe: Recipe) -> int:
+    """Return the size of all statistics of a block."""
+    return sum(kind.bytes_of(width) for kind in recipe.statistics for width in work.widths)
+
+
+def gram_numel(work: Workload) -> int:
+    """Return the inner products of all pairs of features, over all distinct inputs."""
+    return sum(width**2 for width in work.widths)
+
+
+def weights_of(group: Linears) -> int:
+    """Return the weights of some linears."""
+    return sum(rows * columns for rows, columns in group)
+
+
+def likely_groups(block: nn.Module, skip: Sequence[str], hidden: int) -> list[list[Linear]]:
+    """Return a block's linears by the input they seem to share; only running the block tells for sure.
+
+    Within a module (attention, MLP) those of one width share an input, but for the one that leads back to the
+    hidden states, which comes last.
+    """
+    groups: dict[tuple[str, int, bool], list[Linear]] = {}
+    for linear in find_linears(block, skip):
+        rows, columns = linear.weight(block).shape
+        parent = linear.name.rpartition(".")[0]
+        is_first = not any(other[0] == parent for other in groups)
+        leads_back = rows == hidden and not is_first and linear.name == _last_of(block, skip, parent)
+        groups.setdefault((parent, columns, leads_back), []).append(linear)
+    return list(groups.values())
+
+
+def shapes_of(block: nn.Module, groups: Sequence[Sequence[Linear]]) -> tuple[Linears, ...]:
+    """Return (out features, in features) of every linear, by group."""
+    return tuple(tuple(_shape(linear.weight(block)) for linear in group) for group in groups)
+
+
+def _shape(weight_OD: torch.Tensor) -> tuple[int, int]:
+    num_rows, num_columns = weight_OD.shape
+    return num_rows, num_columns
+
+
+def _last_of(block: nn.Module, skip: Sequence[str], parent: str) -> str:
+    return [n.name for n in find_linears(block, skip) if n.name.rpartition(".")[0] == parent][-1]
+
+
+def _selection(work: Workload, step: Step) -> Pruning:
+    """Replicas share the rows of each linear, and send each other the masks, a byte a weight."""
+    return Pruning(shared=Count(memory=SELECTION_BYTES * work.num_weights), solved_bytes=work.num_weights)
+
+
+def _sparsegpt(work: Workload, step: Step) -> Pruning:
+    """Replicas share the linears by input, and send each other masks and weights."""
+    return Pruning(
+        pieces=tuple(_sweep(group) for group in work.groups),
+        solved_bytes=(1 + work.dtype_bytes) * work.num_weights,
+    )
+
+
+def _sweep(group: Linears) -> Count:
+    """One factorisation and inverse for all linears of an input; then the columns of each, and their updates."""
+    width = group[0][1]
+    return Count(factor=4 / 3 * width**3, gram=float(weights_of(group) * width), columns=len(group) * width)
+
+
+def _besa(work: Workload, step: Step) -> Pruning:
+    """Forward and backward take three passes an epoch. Every replica ranks all weights."""
+    assert isinstance(step, Besa)
+    num_updates = step.epochs * -(-work.num_sequences // step.batch)
+    hidden_read = 2 * step.epochs * work.boundary_bytes  # inputs, and what they are to become
+    learning = Count(
+        gemm=3 * step.epochs * work.forward_flops,
+        memory=num_updates * MASK_STEP_BYTES * work.num_weights,
+        hidden_read=hidden_read,
+    )
+    rows = work.num_rows if step.granularity == "row" else sum(len(group) for group in work.groups)
+    return Pruning(
+        shared=learning,
+        repeated=Count(memory=SELECTION_BYTES * work.num_weights),
+        gradient_bytes=4 * NUM_CANDIDATES * rows,
+        num_updates=num_updates,
+    )
+
+
+_PRUNING: dict[type[Step], Callable[[Workload, Step], Pruning]] = {SparseGPT: _sparsegpt, Besa: _besa}

@@ -1,0 +1,129 @@
+"""Counts of what pruning takes: against figures worked out by hand for LLaMA-2-70B, and against each other."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.checkpoint import Checkpoint
+from pipeline.methods.besa import Besa
+from pipeline.methods.magnitude import Magnitude
+from pipeline.methods.sparsegpt import SparseGPT
+from pipeline.methods.step import Step
+from pipeline.methods.wanda import Wanda
+from pipeline.recipe import Recipe
+from pipeline.skeleton import Skeleton
+from pipeline.work import (
+    SELECTION_BYTES,
+    Count,
+    count_collect,
+    count_commit,
+    count_propagate,
+    count_prune,
+    count_read,
+    likely_groups,
+    shapes_of,
+    statistics_bytes,
+)
+from tests.scales import LLAMA_70B, D, F
+from tests.tiny import save_tiny
+
+
+def recipe(*steps: Step) -> Recipe:
+    return Recipe(steps=steps)
+
+
+def test_counts_add_up_field_by_field() -> None:
+    one, other = Count(gemm=1.0, memory=4.0, weights_read=3), Count(gemm=2.0, gram=8.0, weights_read=5)
+    assert one + other == Count(gemm=3.0, gram=8.0, memory=4.0, weights_read=8)
+    assert (one + other).flops == 11.0
+
+
+def test_a_pass_of_a_70b_block_is_457_teraflop_and_collecting_for_statistics_leaves_the_last_linear_out() -> None:
+    forward = count_propagate(LLAMA_70B)
+    assert LLAMA_70B.num_weights == 855_638_016
+    assert forward.gemm == pytest.approx(457e12, rel=0.01)
+    last = 2 * LLAMA_70B.all_tokens * D * F
+    assert count_collect(LLAMA_70B, recipe(Wanda())).gemm == pytest.approx(forward.gemm - last)
+
+
+def test_a_boundary_is_read_once_to_collect_and_read_and_written_once_to_propagate() -> None:
+    boundary = LLAMA_70B.boundary_bytes
+    assert boundary == 2**32
+    collect, propagate = count_collect(LLAMA_70B, recipe(Wanda())), count_propagate(LLAMA_70B)
+    assert (collect.hidden_read, collect.hidden_written) == (boundary, 0)
+    assert (propagate.hidden_read, propagate.hidden_written) == (boundary, boundary)
+
+
+def test_targets_cost_a_boundary_written_and_the_dense_stream_another_pass() -> None:
+    boundary = LLAMA_70B.boundary_bytes
+    pruned = count_collect(LLAMA_70B, recipe(Besa()))
+    dense = count_collect(LLAMA_70B, recipe(Besa(target="dense")))
+    assert (pruned.hidden_read, pruned.hidden_written) == (boundary, boundary)
+    assert (dense.hidden_read, dense.hidden_written) == (2 * boundary, boundary)
+    assert dense.gemm - pruned.gemm == pytest.approx(LLAMA_70B.collect_flops)
+
+
+def test_without_statistics_only_the_first_sequence_is_collected() -> None:
+    collect = count_collect(LLAMA_70B, recipe(Magnitude()))
+    assert collect.gemm == pytest.approx(LLAMA_70B.forward_flops / 128)
+    assert collect.hidden_read == LLAMA_70B.boundary_bytes / 128
+
+
+def test_gram_matrices_take_a_product_of_all_pairs_of_features() -> None:
+    pairs = 3 * D**2 + F**2
+    assert count_collect(LLAMA_70B, recipe(SparseGPT())).gram == pytest.approx(2 * LLAMA_70B.all_tokens * pairs)
+    assert statistics_bytes(LLAMA_70B, recipe(SparseGPT())) == 4 * pairs
+    assert statistics_bytes(LLAMA_70B, recipe(Wanda())) == 8 * (3 * D + F)
+    assert statistics_bytes(LLAMA_70B, recipe(Besa(), SparseGPT())) == 4 * pairs + 8 * (3 * D + F)
+    assert statistics_bytes(LLAMA_70B, recipe(Magnitude())) == 0
+
+
+def test_sparsegpt_is_pieces_of_which_the_widest_input_is_the_largest() -> None:
+    pruning = count_prune(LLAMA_70B, SparseGPT())
+    assert len(pruning.pieces) == 4
+    assert max(pruning.pieces, key=lambda piece: piece.flops) == pruning.pieces[-1]
+    assert pruning.pieces[-1].factor == pytest.approx(4 / 3 * F**3)
+    assert pruning.whole.columns == 3 * D + D + 2 * D + F
+    assert pruning.solved_bytes == 3 * LLAMA_70B.num_weights
+
+
+@pytest.mark.parametrize("step", [Wanda(), Magnitude()])
+def test_a_method_without_a_count_of_its_own_selects_among_all_weights(step: Step) -> None:
+    pruning = count_prune(LLAMA_70B, step)
+    assert pruning.whole == pruning.shared == Count(memory=SELECTION_BYTES * LLAMA_70B.num_weights)
+
+
+def test_besa_takes_three_passes_an_epoch_and_reads_inputs_and_targets_in_each() -> None:
+    once, twice = count_prune(LLAMA_70B, Besa()), count_prune(LLAMA_70B, Besa(epochs=2, batch=4))
+    assert once.shared.gemm == pytest.approx(3 * LLAMA_70B.forward_flops)
+    assert twice.shared.gemm == pytest.approx(6 * LLAMA_70B.forward_flops)
+    assert (once.num_updates, twice.num_updates) == (128, 64)
+    assert twice.shared.hidden_read == 4 * LLAMA_70B.boundary_bytes
+    assert once.gradient_bytes == 4 * 101 * LLAMA_70B.num_rows
+    assert count_prune(LLAMA_70B, Besa(granularity="linear")).gradient_bytes == 4 * 101 * 7
+
+
+@pytest.mark.parametrize(
+    ("step", "dtype_bytes", "stored_bytes", "is_read"),
+    [(Wanda(), 2, 2, False), (Wanda(), 4, 2, False), (Wanda(), 2, 4, True), (SparseGPT(), 2, 4, False)],
+)
+def test_kept_weights_are_read_again_only_where_blocks_run_in_a_narrower_dtype(
+    step: Step, dtype_bytes: int, stored_bytes: int, is_read: bool
+) -> None:
+    work = replace(LLAMA_70B, dtype_bytes=dtype_bytes, stored_bytes=stored_bytes)
+    size = work.num_weights * stored_bytes
+    assert count_read(work).weights_read == size
+    assert count_commit(work, recipe(step)) == Count(weights_read=size if is_read else 0, weights_written=size)
+
+
+def test_linears_are_grouped_by_the_input_they_share(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    skeleton = Skeleton(Checkpoint.open(tmp_path), torch.device("cpu"), torch.float32)
+    groups = likely_groups(skeleton.blocks[0], ["mlp.up*"], 32)
+    names = [[linear.name.rpartition(".")[2] for linear in group] for group in groups]
+    assert names == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj"], ["down_proj"]]
+    assert shapes_of(skeleton.blocks[0], groups) == (
+        ((32, 32), (16, 32), (16, 32)), ((32, 32),), ((48, 32),), ((32, 48),)
+    )  # fmt: skip
