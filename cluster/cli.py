@@ -14,8 +14,6 @@ import typer
 from rich.console import Console
 
 from cluster.console import show_plan, show_report, show_table, shown_progress
-from pipeline.aio import build as build_aio
-from pipeline.aio import is_built
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import ComputeConfig, EvaluateConfig, RunConfig, load_config, validated
 from pipeline.demo_model import fetch_demo_model
@@ -25,8 +23,11 @@ from pipeline.errors import ConfigError, RunStopped, SecateurError
 from pipeline.evaluate import evaluate as evaluate_checkpoint
 from pipeline.evaluate import load_windows
 from pipeline.job import model_directory_of
+from pipeline.memory import unlimited
 from pipeline.meter import human_bytes
-from pipeline.plan import make_plan, measure_speeds
+from pipeline.paging.aio import build as build_aio
+from pipeline.paging.aio import is_built
+from pipeline.planning.plan import make_plan, measure_speeds
 from pipeline.progress import Progress, StopAsked
 from pipeline.report import Report
 from pipeline.run import run as run_pipeline
@@ -103,7 +104,9 @@ def evaluate(
         stored = checkpoint.matrix_dtype()
         skeleton = Skeleton(checkpoint, where, choose_dtype(compute.dtype, where, stored))
         with shown_progress(console) as progress:
-            perplexity = evaluate_checkpoint(skeleton, tokens_WL, compute.batch, progress, "evaluate", lambda: None)
+            perplexity = evaluate_checkpoint(
+                skeleton, tokens_WL, compute.batch, progress, "evaluate", lambda: None, unlimited()
+            )
     count, length = tokens_WL.shape
     console.print(f"perplexity {perplexity:.4f} on {count} windows of {length} tokens of {text}", highlight=False)
     emit(as_json, {"perplexity": perplexity, "windows": count, "sequence_length": length, "text": str(text)})
@@ -153,7 +156,7 @@ def demo_model(directory: Annotated[Path, typer.Argument(help="Where to put the 
 def run_anywhere(settings: RunConfig, progress: Progress, stop_asked: StopAsked) -> Report:
     """Run in this process, or over a cluster where the settings have one."""
     if settings.cluster is None:
-        return run_pipeline(settings, progress, stop_asked)
+        return run_pipeline(settings, progress, stop_asked, probe=True)
     if find_spec("ray") is None:
         raise ConfigError(
             "the settings have a `cluster` section, but ray is not installed; "

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.meter import human_bytes, human_seconds, peak_host_bytes
-from pipeline.plan import Plan
+from pipeline.planning.plan import Plan
 from pipeline.progress import Progress
 from pipeline.report import Report, guidance
 
@@ -158,8 +158,27 @@ def _report_rows(report: Report) -> list[tuple[str, str]]:
         ("time", f"{human_seconds(sum(report.seconds.values()))}: {phases}"),
         ("cost", _cost(report.forward_equivalents)),
         ("peak memory", f"host {human_bytes(report.peak_host_bytes)}" + _device(report)),
+        *_planned_rows(report),
     ]
     return rows + [(name.replace("_", " "), f"{value:.4g}") for name, value in report.notes.items()]
+
+
+def _planned_rows(report: Report) -> list[tuple[str, str]]:
+    """Say how the run kept to its plan, where it had one."""
+    shown = {
+        "host_bytes": human_bytes,
+        "device_bytes": human_bytes,
+        "spool_bytes": human_bytes,
+        "seconds": human_seconds,
+    }
+    parts = [
+        f"{name.removesuffix('_bytes')} {show(report.planned[name]['measured'])} of {show(report.planned[name]['planned'])}"
+        for name, show in shown.items()
+        if name in report.planned
+    ]
+    waited = report.traffic["waited_for_weights"] + report.traffic["waited_for_hidden"]
+    rows = [("planned", ", ".join(parts))] if parts else []
+    return [*rows, ("waited for disk", human_seconds(waited))]
 
 
 def _cost(forward_equivalents: float | None) -> str:

@@ -1,6 +1,6 @@
 """How long pruning takes on an accelerator, from the shapes of a model and from what the hardware sustains.
 
-What there is to do is counted in `pipeline.work`, and divided here by sustained rates. Held against published times
+What there is to do is counted in `planning.work`, and divided here by sustained rates. Held against published times
 this is right for SparseGPT (OPT-175B on an A100: 3.76 h, published about 4 h) and far too low for BESA's own code
 (half an hour for its data flow, published 5 h): good for comparing topologies, not for promising a duration.
 """
@@ -11,8 +11,7 @@ from cluster.job_shape import BlockCost, JobShape
 from pipeline.methods.besa import Besa
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.methods.step import Step
-from pipeline.recipe import Recipe
-from pipeline.work import (
+from pipeline.planning.work import (
     Count,
     Linears,
     Pruning,
@@ -22,6 +21,7 @@ from pipeline.work import (
     count_prune,
     statistics_bytes,
 )
+from pipeline.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

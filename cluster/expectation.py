@@ -7,7 +7,7 @@ from cluster.cost_model import A100, Gpu, shape_of_job
 from cluster.job_shape import JobShape
 from pipeline.cluster_config import ClusterConfig
 from pipeline.job import Source
-from pipeline.work import Workload, likely_groups, shapes_of
+from pipeline.planning.work import Workload, likely_groups, shapes_of
 
 CPU_FLOPS = 40e9
 """Of one CPU thread's float32 products."""

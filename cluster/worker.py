@@ -28,12 +28,12 @@ from pipeline.ledger import Commit
 from pipeline.memory import Memory, opened_memory, unlimited
 from pipeline.memory_config import MemoryConfig
 from pipeline.meter import Stopwatch, resident_bytes
+from pipeline.paging.spool import spool_directory
 from pipeline.peers import Peers
-from pipeline.plan import choice_for
+from pipeline.planning.plan import choice_for
 from pipeline.progress import Silent
 from pipeline.shelf import Shelf
 from pipeline.skeleton import Skeleton
-from pipeline.spool import spool_directory
 from pipeline.stage import run_stage
 from pipeline.stream import Stream
 from pipeline.transaction import Streams, Transaction

@@ -7,13 +7,13 @@ from typing import Literal, Protocol, Self
 import torch
 
 from pipeline.budget import Budget
-from pipeline.disk_region import DiskRegion
 from pipeline.errors import NumericsError
 from pipeline.memory_config import Tier
 from pipeline.numerics import all_finite
-from pipeline.paging import Pager
-from pipeline.regions import MemoryRegion, Region
-from pipeline.spool import Spool
+from pipeline.paging.disk_region import DiskRegion
+from pipeline.paging.pager import Pager
+from pipeline.paging.region import MemoryRegion, Region
+from pipeline.paging.spool import Spool
 
 StreamName = Literal["pruned", "dense"]
 

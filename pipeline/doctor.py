@@ -17,12 +17,12 @@ from pathlib import Path
 import psutil
 import torch
 
-from pipeline.aio import AioPager, is_built, is_installed
 from pipeline.devices import choose_device
 from pipeline.errors import StorageError
-from pipeline.pagers import BUILD, INSTALL, why_not_aio
-from pipeline.paging import Pager, ThreadPager
-from pipeline.probes import copy_speed, disk_speed, matmul_flops
+from pipeline.paging.aio import AioPager, is_built, is_installed
+from pipeline.paging.engines import BUILD, INSTALL, why_not_aio
+from pipeline.paging.pager import Pager, ThreadPager
+from pipeline.planning.probes import copy_speed, disk_speed, matmul_flops
 
 LIBRARIES = ("torch", "transformers", "datasets", "safetensors")
 OLDEST_PYTHON = (3, 11)

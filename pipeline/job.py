@@ -16,7 +16,6 @@ from pydantic import JsonValue
 from pipeline.assemble import assemble
 from pipeline.calibration import CalibrationSet, load_calibration, require_positions
 from pipeline.checkpoint import Checkpoint
-from pipeline.comparison import Measured, compare
 from pipeline.config import RunConfig, resolved
 from pipeline.devices import choose_device, choose_dtype, empty_cache
 from pipeline.durable import remove_leftovers, write_atomically
@@ -26,7 +25,8 @@ from pipeline.hub import fetch_model
 from pipeline.ledger import Header, Ledger
 from pipeline.memory import Memory
 from pipeline.order import Order
-from pipeline.plan import Plan
+from pipeline.planning.comparison import Measured, compare
+from pipeline.planning.plan import Plan
 from pipeline.progress import Progress, StopAsked
 from pipeline.report import REPORT, Report, build_report
 from pipeline.skeleton import Skeleton

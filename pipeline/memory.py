@@ -9,13 +9,13 @@ import torch
 
 from pipeline.activations import Store, in_memory
 from pipeline.budget import Budget
-from pipeline.footprint import Choice
 from pipeline.memory_config import MemoryConfig
 from pipeline.meter import PeakMeter
-from pipeline.pagers import open_pager
-from pipeline.paging import Pager
+from pipeline.paging.engines import open_pager
+from pipeline.paging.pager import Pager
+from pipeline.paging.spool import Spool, existing
+from pipeline.planning.footprint import Choice
 from pipeline.skeleton import Skeleton
-from pipeline.spool import Spool, existing
 from pipeline.weights import BlockWeights
 
 

@@ -11,12 +11,12 @@ from pipeline.job import Job, Source, evaluate_job, finish, open_job, open_sourc
 from pipeline.ledger import Commit, RunLock, refuse_foreign
 from pipeline.memory import Memory, opened_memory
 from pipeline.meter import Stopwatch, human_seconds, resident_bytes
+from pipeline.paging.spool import spool_directory
 from pipeline.peers import Alone
-from pipeline.plan import Plan, make_plan, measure_speeds
+from pipeline.planning.plan import Plan, make_plan, measure_speeds
 from pipeline.progress import Progress, StopAsked
 from pipeline.report import Report
 from pipeline.shelf import ModelDirectory
-from pipeline.spool import spool_directory
 from pipeline.stage import run_stage
 from pipeline.transaction import Streams, Transaction
 

@@ -23,7 +23,7 @@ from torch import nn
 from pipeline.budget import Budget, Lease
 from pipeline.errors import CheckpointError
 from pipeline.meter import synchronise
-from pipeline.paging import ALIGNMENT, Pager, Transfer, aligned, host_buffer
+from pipeline.paging.pager import ALIGNMENT, Pager, Transfer, aligned, host_buffer
 from pipeline.shards import TensorEntry
 from pipeline.skeleton import Skeleton, TensorSource
 

@@ -2,10 +2,10 @@
 
 import torch
 
-from pipeline.footprint import Scale
 from pipeline.methods.step import Step
+from pipeline.planning.footprint import Scale
+from pipeline.planning.work import Workload
 from pipeline.recipe import Recipe
-from pipeline.work import Workload
 
 D, KV, F = 8192, 1024, 28672
 

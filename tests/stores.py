@@ -14,9 +14,9 @@ import torch
 from pipeline.activations import Boundary, Store
 from pipeline.budget import Budget
 from pipeline.errors import StorageError
-from pipeline.pagers import open_pager, why_not_aio
-from pipeline.paging import Pager, Transfer
-from pipeline.spool import Spool
+from pipeline.paging.engines import open_pager, why_not_aio
+from pipeline.paging.pager import Pager, Transfer
+from pipeline.paging.spool import Spool
 
 CPU = torch.device("cpu")
 Engine = Literal["threads", "aio"]

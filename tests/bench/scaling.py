@@ -15,9 +15,9 @@ from cluster.cost_model import A100, H100, Gpu, llama_groups, shape_of_job
 from cluster.forecast import Forecast, Links, forecast
 from cluster.job_shape import JobShape, shape_from_measured
 from cluster.topology import Handoff, Topology, partition
+from pipeline.planning.work import Workload
 from pipeline.recipe import parse_recipe
 from pipeline.sparsity import Unstructured
-from pipeline.work import Workload
 
 Method = Literal["wanda", "sparsegpt", "besa"]
 

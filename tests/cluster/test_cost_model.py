@@ -7,9 +7,9 @@ import pytest
 
 from cluster.cost_model import A100, H100, Gpu, llama_groups, shape_of_job
 from cluster.job_shape import JobShape
+from pipeline.planning.work import Workload
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.sparsity import Unstructured
-from pipeline.work import Workload
 
 LLAMA = Workload(
     groups=llama_groups(hidden=8192, kv=1024, ffn=28672), hidden=8192, num_blocks=80, num_sequences=128, num_tokens=2048

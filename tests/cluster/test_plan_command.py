@@ -33,8 +33,8 @@ def config(source: Path, tmp_path: Path) -> Path:
 def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Call:
     """Call the command; return its status and what it printed. The disk is measured with a megabyte, to be quick."""
     monkeypatch.setattr("cluster.cli.console", Console(stderr=True, width=200))
-    monkeypatch.setattr("pipeline.pace.PROBED_BYTES", 1 << 20)
-    monkeypatch.setattr("pipeline.pace.HASHED_BYTES", 1 << 20)
+    monkeypatch.setattr("pipeline.planning.pace.PROBED_BYTES", 1 << 20)
+    monkeypatch.setattr("pipeline.planning.pace.HASHED_BYTES", 1 << 20)
 
     def run(*arguments: str | Path) -> tuple[int, str, str]:
         status = run_command(arguments, monkeypatch)

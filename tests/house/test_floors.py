@@ -13,12 +13,13 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 FLOORS = {
-    0: "pipeline: cluster_config devices errors header heap meter numerics peers progress shard_names sparsity",
+    0: "pipeline: budget cluster_config devices durable errors header heap lazy_weights memory_config meter numerics "
+    "peers progress shard_names sparsity",
     1: "pipeline: methods shards statistics",
-    2: "pipeline: calibration checkpoint config hub ledger recipe sharing shelf sources",
-    3: "pipeline: activations linears skeleton",
-    4: "pipeline: assemble block_writer inputs stage stream transaction workbench",
-    5: "pipeline: demo_model doctor evaluate job plan report run verify",
+    2: "pipeline: calibration checkpoint config hub ledger paging recipe sharing shelf sources",
+    3: "pipeline: activations linears order skeleton",
+    4: "pipeline: assemble block_writer inputs memory planning stage stream transaction weights workbench",
+    5: "pipeline: demo_model doctor evaluate job report run verify",
     6: "cluster: console job_shape messages topology",
     7: "cluster: cost_model depot expectation failures forecast replicas schedule shelves state trace worker",
     8: "cluster: choice coordinator policy",

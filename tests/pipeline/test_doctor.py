@@ -10,7 +10,7 @@ import torch
 
 from pipeline import doctor
 from pipeline.doctor import Finding, examine
-from tests.pipeline.engines import needs_aio
+from tests.pipeline.paging.engines import needs_aio
 
 
 def examined(spool: Path, device: torch.device | None = None) -> dict[str, Finding]:

@@ -14,8 +14,8 @@ from pipeline.budget import Budget
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import BudgetExceeded, CheckpointError, NumericsError
 from pipeline.header import TensorEntry
-from pipeline.pagers import open_pager
-from pipeline.paging import ALIGNMENT, Pager
+from pipeline.paging.engines import open_pager
+from pipeline.paging.pager import ALIGNMENT, Pager
 from pipeline.skeleton import Skeleton
 from pipeline.weights import PIECE_BYTES, BlockWeights, pieces_of
 from tests.tiny import save_tiny
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(params=["threads", "aio"])
 def pager(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pager]:
     if request.param == "aio":
-        from pipeline import aio
+        from pipeline.paging import aio
 
         if not (aio.is_installed() and aio.is_built()):
             pytest.skip("DeepSpeed's asynchronous I/O is not built here: secateur doctor --build")

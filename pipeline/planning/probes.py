@@ -11,8 +11,8 @@ from time import perf_counter
 import torch
 
 from pipeline.meter import synchronise
-from pipeline.paging import Pager, Transfer, aligned, host_buffer
-from pipeline.spool import allocate
+from pipeline.paging.pager import Pager, Transfer, aligned, host_buffer
+from pipeline.paging.spool import allocate
 
 PIECE_BYTES = 4 << 20
 NUM_PIECES = 8

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import StorageError
-from pipeline.paging import ALIGNMENT
-from pipeline.spool import Spool, spool_directory
+from pipeline.paging.pager import ALIGNMENT
+from pipeline.paging.spool import Spool, spool_directory
 
 
 def test_each_run_has_a_spool_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

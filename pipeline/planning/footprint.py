@@ -21,9 +21,9 @@ from pipeline.budget import Place
 from pipeline.memory_config import Tier
 from pipeline.methods.besa import Besa
 from pipeline.methods.step import BlockStep, Step
+from pipeline.planning.work import Workload, statistics_bytes
 from pipeline.recipe import Recipe
 from pipeline.statistics import SLAB_NUMEL, ColumnSquares, Gram
-from pipeline.work import Workload, statistics_bytes
 
 PAGE = 4096
 """Hidden states of each sequence lie at a multiple of it in the spool."""

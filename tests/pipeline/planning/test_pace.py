@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from pipeline.errors import StorageError
-from pipeline.footprint import Choice, Scale
 from pipeline.methods.besa import Besa
 from pipeline.methods.wanda import Wanda
-from pipeline.pace import Cost, Speeds, costs, probe_speeds
-from pipeline.paging import ThreadPager
+from pipeline.paging.pager import ThreadPager
+from pipeline.planning.footprint import Choice, Scale
+from pipeline.planning.pace import Cost, Speeds, costs, probe_speeds
 from tests.scales import LLAMA_70B, scale_70b
 
 INSTANT = Speeds(
@@ -87,8 +87,8 @@ def test_an_evaluation_runs_twice_through_all_blocks_and_the_head() -> None:
 
 
 def test_this_machine_has_speeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.pace.PROBED_BYTES", 1 << 20)
-    monkeypatch.setattr("pipeline.pace.HASHED_BYTES", 1 << 20)
+    monkeypatch.setattr("pipeline.planning.pace.PROBED_BYTES", 1 << 20)
+    monkeypatch.setattr("pipeline.planning.pace.HASHED_BYTES", 1 << 20)
     pager = ThreadPager()
     speeds = probe_speeds(tmp_path, pager, torch.device("cpu"), torch.float32)
     assert speeds.gemm == speeds.gram

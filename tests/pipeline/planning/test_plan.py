@@ -10,8 +10,8 @@ import torch
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import RunConfig, parse_config
 from pipeline.errors import BudgetExceeded, ConfigError
-from pipeline.footprint import Choice
-from pipeline.plan import Plan, choice_for, existing, make_plan, measure_speeds
+from pipeline.planning.footprint import Choice
+from pipeline.planning.plan import Plan, choice_for, existing, make_plan, measure_speeds
 from pipeline.skeleton import Skeleton
 from tests.tiny import save_tiny
 
@@ -105,8 +105,8 @@ def test_forward_passes_count_backward_ones_twice(model: Path) -> None:
 
 
 def test_measured_speeds_give_a_plan_its_time_and_bottleneck(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.pace.PROBED_BYTES", 1 << 20)
-    monkeypatch.setattr("pipeline.pace.HASHED_BYTES", 1 << 20)
+    monkeypatch.setattr("pipeline.planning.pace.PROBED_BYTES", 1 << 20)
+    monkeypatch.setattr("pipeline.planning.pace.HASHED_BYTES", 1 << 20)
     config = config_of(model, memory={"io": "threads"})
     plan = make_plan(config, model, measure_speeds(config, model), 0)
     assert plan.seconds == pytest.approx(sum(phase.seconds or 0 for phase in plan.phases))

@@ -5,9 +5,9 @@ from typing import Literal
 
 import torch
 
-from pipeline.aio import AioPager, is_built, is_installed
 from pipeline.errors import ConfigError, StorageError
-from pipeline.paging import Pager, ThreadPager
+from pipeline.paging.aio import AioPager, is_built, is_installed
+from pipeline.paging.pager import Pager, ThreadPager
 
 Engine = Literal["auto", "aio", "threads"]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import aio_op
 from pipeline.errors import SecateurError, StorageError
-from tests.pipeline.engines import needs_aio
+from pipeline.paging import aio_op
+from tests.pipeline.paging.engines import needs_aio
 
 WITH_DEEPSPEED = pytest.mark.skipif(not aio_op.is_installed(), reason="needs DeepSpeed: pip install 'secateur[paging]'")
 

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import torch
 
 from pipeline.budget import Budget
-from pipeline.paging import host_buffer
+from pipeline.paging.pager import host_buffer
 
 
 class Region(Protocol):

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import paging
 from pipeline.errors import CheckpointError, StorageError
-from pipeline.paging import ALIGNMENT, Pager, ThreadPager, aligned
-from tests.pipeline.engines import ENGINES, Open, content, fill, random_bytes
+from pipeline.paging import pager as paging
+from pipeline.paging.pager import ALIGNMENT, Pager, ThreadPager, aligned
+from tests.pipeline.paging.engines import ENGINES, Open, content, fill, random_bytes
 
 MIB = 1 << 20
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from pipeline.comparison import Measured, compare
 from pipeline.config import parse_config
-from pipeline.plan import Plan, make_plan
+from pipeline.planning.comparison import Measured, compare
+from pipeline.planning.plan import Plan, make_plan
 from tests.tiny import save_tiny
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.errors import StorageError
-from pipeline.paging import aligned
+from pipeline.paging.pager import aligned
 
 
 def spool_directory(config_spool: Path | None, output: Path) -> Path:

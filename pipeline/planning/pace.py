@@ -13,12 +13,11 @@ from time import perf_counter
 import torch
 
 from pipeline.errors import StorageError
-from pipeline.footprint import Choice, Scale
 from pipeline.meter import synchronise
-from pipeline.paging import Pager
-from pipeline.probes import copy_speed, disk_speed, matmul_flops
-from pipeline.sparsity import Unstructured, keep_by_row
-from pipeline.work import (
+from pipeline.paging.pager import Pager
+from pipeline.planning.footprint import Choice, Scale
+from pipeline.planning.probes import copy_speed, disk_speed, matmul_flops
+from pipeline.planning.work import (
     SELECTION_BYTES,
     Count,
     count_collect,
@@ -27,6 +26,7 @@ from pipeline.work import (
     count_prune,
     count_read,
 )
+from pipeline.sparsity import Unstructured, keep_by_row
 
 PROBED_BYTES = 128 << 20
 """Written to the disk and read back."""

@@ -12,9 +12,7 @@ from pipeline.methods.magnitude import Magnitude
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.methods.step import Step
 from pipeline.methods.wanda import Wanda
-from pipeline.recipe import Recipe
-from pipeline.skeleton import Skeleton
-from pipeline.work import (
+from pipeline.planning.work import (
     SELECTION_BYTES,
     Count,
     count_collect,
@@ -26,6 +24,8 @@ from pipeline.work import (
     shapes_of,
     statistics_bytes,
 )
+from pipeline.recipe import Recipe
+from pipeline.skeleton import Skeleton
 from tests.scales import LLAMA_70B, D, F
 from tests.tiny import save_tiny
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import aio, aio_op
-from pipeline.aio import BLOCK_BYTES, AioPager
 from pipeline.errors import CheckpointError, StorageError
-from pipeline.paging import ALIGNMENT
-from tests.pipeline.engines import content, fill, needs_aio, random_bytes
+from pipeline.paging import aio, aio_op
+from pipeline.paging.aio import BLOCK_BYTES, AioPager
+from pipeline.paging.pager import ALIGNMENT
+from tests.pipeline.paging.engines import content, fill, needs_aio, random_bytes
 
 pytestmark = needs_aio
 ROOT = Path(__file__).parents[2]
@@ -110,7 +110,7 @@ def test_an_error_of_a_transfer_that_was_waited_for_by_the_way_is_kept(pager: Ai
 
 
 def test_a_buffer_from_elsewhere_is_refused(pager: AioPager, tmp_path: Path) -> None:
-    from pipeline.paging import host_buffer
+    from pipeline.paging.pager import host_buffer
 
     with pytest.raises(ValueError, match="aio moves buffers of its pager only"):
         pager.read(tmp_path / "file", 0, host_buffer(ALIGNMENT, pinned=False))
@@ -137,7 +137,7 @@ def test_nothing_of_deepspeed_is_imported_or_heard(tmp_path: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
-from pipeline.aio import AioPager
+from pipeline.paging.aio import AioPager
 pager = AioPager(Path({str(tmp_path)!r}))
 pager.close()
 assert not [name for name in sys.modules if name.startswith("deepspeed")]

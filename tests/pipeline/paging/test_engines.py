@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import pagers
 from pipeline.errors import ConfigError, StorageError
-from pipeline.pagers import Engine, open_pager, why_not_aio
-from tests.pipeline.engines import needs_aio
+from pipeline.paging import engines as pagers
+from pipeline.paging.engines import Engine, open_pager, why_not_aio
+from tests.pipeline.paging.engines import needs_aio
 
 
 @needs_aio

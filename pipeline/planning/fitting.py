@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from pipeline.budget import Place
-from pipeline.footprint import Choice, Phase, Scale, footprint
 from pipeline.memory_config import Tier
 from pipeline.meter import human_bytes
+from pipeline.planning.footprint import Choice, Phase, Scale, footprint
 from pipeline.recipe import parse_recipe
 from pipeline.sparsity import Sparsity
 

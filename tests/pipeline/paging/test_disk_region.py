@@ -10,8 +10,8 @@ from threading import Event, Thread
 import pytest
 import torch
 
-from pipeline.disk_region import DiskRegion
 from pipeline.errors import StorageError
+from pipeline.paging.disk_region import DiskRegion
 from tests.stores import CPU, ENGINES, Disk, HeldPager, RefusingPager, disk
 
 SHAPE = (8, 4, 1024)

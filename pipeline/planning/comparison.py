@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
-from pipeline.plan import Plan
+from pipeline.planning.plan import Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.aio import AioPager, is_built
-from pipeline.paging import Pager, ThreadPager
+from pipeline.paging.aio import AioPager, is_built
+from pipeline.paging.pager import Pager, ThreadPager
 
 needs_aio = pytest.mark.skipif(not is_built(), reason="DeepSpeed's aio is not built: secateur doctor --build")
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from pipeline.budget import Place
-from pipeline.footprint import Choice, Phase, Scale, footprint
 from pipeline.memory_config import Tier
 from pipeline.methods.besa import Besa
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.methods.wanda import Wanda
+from pipeline.planning.footprint import Choice, Phase, Scale, footprint
 from tests.scales import LLAMA_70B, scale_70b
 
 BASELINE = 500_000_000

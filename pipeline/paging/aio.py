@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from pipeline.aio_op import (
+from pipeline.errors import SecateurError, StorageError
+from pipeline.paging.aio_op import (
     BLOCK_BYTES,
     build,
     is_built,
@@ -32,8 +33,7 @@ from pipeline.aio_op import (
     require_contexts,
     require_lockable,
 )
-from pipeline.errors import SecateurError, StorageError
-from pipeline.paging import ALIGNMENT, Span, Transfer, aligned, host_buffer
+from pipeline.paging.pager import ALIGNMENT, Span, Transfer, aligned, host_buffer
 
 __all__ = ["AioPager", "build", "is_built", "is_installed"]
 

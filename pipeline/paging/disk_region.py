@@ -15,9 +15,9 @@ import torch
 
 from pipeline.budget import Budget
 from pipeline.errors import CheckpointError, StorageError
-from pipeline.paging import Pager, aligned
-from pipeline.regions import copies_enqueued
-from pipeline.spool import Spool
+from pipeline.paging.pager import Pager, aligned
+from pipeline.paging.region import copies_enqueued
+from pipeline.paging.spool import Spool
 
 DEPTH = 2
 """Slots for reading, and as many for writing: one on its way while the other is filled or emptied."""

@@ -21,16 +21,16 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.config import RunConfig
 from pipeline.devices import choose_device, choose_dtype, free_bytes
 from pipeline.errors import BudgetExceeded
-from pipeline.fitting import Limit, Room, choose, preferences, refusal
-from pipeline.footprint import Choice, Phase, Scale, footprint
 from pipeline.memory_config import MemoryConfig
 from pipeline.methods.besa import Besa
-from pipeline.pace import Cost, Speeds, costs, probe_speeds
-from pipeline.pagers import open_pager
+from pipeline.paging.engines import open_pager
+from pipeline.paging.spool import existing
+from pipeline.planning.fitting import Limit, Room, choose, preferences, refusal
+from pipeline.planning.footprint import Choice, Phase, Scale, footprint
+from pipeline.planning.pace import Cost, Speeds, costs, probe_speeds
+from pipeline.planning.work import Workload, likely_groups, shapes_of, weights_of
 from pipeline.recipe import Recipe
 from pipeline.skeleton import Skeleton
-from pipeline.spool import existing
-from pipeline.work import Workload, likely_groups, shapes_of, weights_of
 
 LATER_BYTES = 50 << 20
 """Resident once a run is under way and not yet where it is planned: the tokenizer, libraries loaded when needed."""

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 
 from pipeline.budget import Place
-from pipeline.fitting import Limit, Room, choose, exceeded, preferences, refusal
-from pipeline.footprint import Choice, Scale, footprint
 from pipeline.methods.besa import Besa
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.methods.wanda import Wanda
+from pipeline.planning.fitting import Limit, Room, choose, exceeded, preferences, refusal
+from pipeline.planning.footprint import Choice, Scale, footprint
 from pipeline.sparsity import Unstructured
 from tests.scales import LLAMA_70B, scale_70b
 

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.budget import Budget
-from pipeline.disk_region import DiskRegion
 from pipeline.errors import BudgetExceeded
-from pipeline.regions import MemoryRegion, Region
+from pipeline.paging.disk_region import DiskRegion
+from pipeline.paging.region import MemoryRegion, Region
 from tests.stores import CPU, Disk, Engine, disk
 
 SHAPE = (7, 3, 5)

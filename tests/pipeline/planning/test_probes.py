@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.paging import ALIGNMENT, Transfer
-from pipeline.probes import NUM_PIECES, PIECE_BYTES, copy_speed, disk_speed, matmul_flops
-from tests.pipeline.engines import ENGINES, Open
+from pipeline.paging.pager import ALIGNMENT, Transfer
+from pipeline.planning.probes import NUM_PIECES, PIECE_BYTES, copy_speed, disk_speed, matmul_flops
+from tests.pipeline.paging.engines import ENGINES, Open
 
 CPU = torch.device("cpu")
 

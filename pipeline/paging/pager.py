@@ -7,7 +7,7 @@
 
 Offsets and sizes are multiples of ALIGNMENT, as direct I/O wants them. A read may go as far as the file's size
 rounded up to ALIGNMENT: what the buffer then holds beyond the file's last byte is nobody's. A write stays within the
-file, which was given its size before. The engines: ThreadPager, here, and pipeline/aio.py.
+file, which was given its size before. The engines: ThreadPager, here, and pipeline/paging/aio.py.
 """
 
 import concurrent.futures
