@@ -172,9 +172,9 @@ def _planned_rows(report: Report) -> list[tuple[str, str]]:
         "seconds": human_seconds,
     }
     parts = [
-        f"{name.removesuffix('_bytes')} {show(report.planned[name]['measured'])} of {show(report.planned[name]['planned'])}"
+        f"{name.removesuffix('_bytes')} {show(figures['measured'])} of {show(figures['planned'])}"
         for name, show in shown.items()
-        if name in report.planned
+        if (figures := report.planned.get(name)) is not None
     ]
     waited = report.traffic["waited_for_weights"] + report.traffic["waited_for_hidden"]
     rows = [("planned", ", ".join(parts))] if parts else []

@@ -30,7 +30,7 @@ from pipeline.memory_config import MemoryConfig
 from pipeline.meter import Stopwatch, resident_bytes
 from pipeline.paging.spool import spool_directory
 from pipeline.peers import Peers
-from pipeline.planning.plan import choice_for
+from pipeline.planning.plan import fit_for
 from pipeline.progress import Silent
 from pipeline.shelf import Shelf
 from pipeline.skeleton import Skeleton
@@ -150,10 +150,10 @@ class Worker:
             yield unlimited()
             return
         baseline, batch = resident_bytes(), self._order.batch
-        choice = choice_for(config, skeleton, len(self._brief.tokens_NT), baseline)
+        fit = fit_for(config, skeleton, len(self._brief.tokens_NT), baseline)
         spool = spool_directory(config.memory.spool, config.output)
         own = spool.with_name(f"{spool.name}-{self._brief.stage}-{self._brief.replica}")
-        with opened_memory(config.memory, choice, own, device, baseline=baseline, batch=batch) as memory:
+        with opened_memory(config.memory, fit, own, device, baseline=baseline, batch=batch) as memory:
             yield memory
 
     def _input(self, skeleton: Skeleton) -> Boundary:

@@ -1,6 +1,6 @@
 """Where a run keeps what is large: its budget, the place of its hidden states, and what moves bytes to the disk."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from pipeline.activations import Store, in_memory
-from pipeline.budget import Budget
+from pipeline.budget import Budget, Place
 from pipeline.memory_config import MemoryConfig
 from pipeline.meter import PeakMeter
 from pipeline.paging.engines import open_pager
 from pipeline.paging.pager import Pager
 from pipeline.paging.spool import Spool, existing
-from pipeline.planning.footprint import Choice
+from pipeline.planning.footprint import Fit
 from pipeline.skeleton import Skeleton
 from pipeline.weights import BlockWeights
 
@@ -56,6 +56,17 @@ class Memory:
     meter: PeakMeter = field(default_factory=lambda: PeakMeter(torch.device("cpu")))
     traffic: Traffic = field(default_factory=Traffic)
 
+    working_sets: Mapping[str, Mapping[Place, int]] = field(default_factory=dict)
+    """What each phase holds for as long as it lasts, by its name: statistics, masks, a step's temporaries."""
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Take a phase's working set from the budget, and measure its peaks; raises BudgetExceeded before it begins."""
+        with ExitStack() as leases, self.meter.phase(name):
+            for place, num_bytes in self.working_sets.get(name, {}).items():
+                leases.enter_context(self.budget.take(place, num_bytes, f"what {name} works with"))
+            yield
+
     def weights_of(self, skeleton: Skeleton) -> BlockWeights:
         """Return what brings the blocks of a skeleton to where they run; to be closed by the caller."""
         return BlockWeights(skeleton, self.budget, self.pager)
@@ -68,12 +79,13 @@ def unlimited() -> Memory:
 
 @contextmanager
 def opened_memory(
-    config: MemoryConfig, choice: Choice, spool_directory: Path, device: torch.device, *, baseline: int, batch: int
+    config: MemoryConfig, fit: Fit, spool_directory: Path, device: torch.device, *, baseline: int, batch: int
 ) -> Iterator[Memory]:
-    """Open what a choice asks for, under the ceilings of a configuration; the spool is removed at the end.
+    """Open what a plan has chosen, under the ceilings of a configuration; the spool is removed at the end.
 
     `baseline`: bytes that the process holds already. Raises StorageError where the spool cannot be made.
     """
+    choice = fit.choice
     budget = Budget(
         {"device": config.device, "host": config.host, "spool": config.spool_limit},
         baseline=baseline,
@@ -94,4 +106,5 @@ def opened_memory(
             fused=choice.fused,
             ahead=choice.ahead,
             meter=PeakMeter(device),
+            working_sets=fit.working_sets,
         )

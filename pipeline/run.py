@@ -47,7 +47,7 @@ def _planned_memory(source: Source, probe: bool) -> Iterator[tuple[Plan, Memory]
         raise BudgetExceeded("\n".join(plan.refused))
     device, batch = source.skeleton.device, config.compute.batch
     spool = spool_directory(config.memory.spool, config.output)
-    with opened_memory(config.memory, plan.choice, spool, device, baseline=baseline, batch=batch) as memory:
+    with opened_memory(config.memory, plan.fit, spool, device, baseline=baseline, batch=batch) as memory:
         yield plan, memory
 
 

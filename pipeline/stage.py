@@ -43,13 +43,11 @@ def run_stage(
                 transaction.replay(block, committed[block], outlet if is_last else None)
             book.replayed(block)
             continue
-        if not is_last:
-            transaction.prefetch(block + 1)
-        commit, watch = transaction.prune(block)
+        following = None if is_last else block + 1
+        commit, watch = transaction.prune(block, following)
         book.commit(commit)
         if is_last and outlet is None:
             transaction.drop(block)
         else:
-            following = None if is_last or block + 1 in committed else block + 1
             transaction.propagate(block, watch, outlet if is_last else None, following)
         book.done(block, watch)

@@ -100,18 +100,19 @@ class Transaction:
         if self._own_targets is not None:
             self._own_targets.close()
 
-    def prefetch(self, index: int) -> None:
-        """Have a block's weights read ahead while another one is worked on."""
-        if self._memory.ahead:
-            self._weights.expect(index)
-
-    def prune(self, index: int) -> tuple[Commit | None, Stopwatch]:
+    def prune(self, index: int, following: int | None = None) -> tuple[Commit | None, Stopwatch]:
         """Prune one block up to its written shard; once the commit is recorded, `propagate` or `drop` must follow.
 
-        The commit is None on replicas that do not write.
+        The weights of the following block, if any, are read meanwhile, where they fit. The commit is None on replicas
+        that do not write.
         """
-        begun, self._collected = self._collected or self._collect(index), None
+        collected, self._collected = self._collected, None
+        begun = collected or self._begin(index)
         assert begun.index == index, f"block {begun.index} was collected, and {index} is to be pruned"
+        if self._memory.ahead and following is not None:
+            self._weights.expect(following)
+        if collected is None:
+            self._collect(begun)
         watch, linears, targets = begun.watch, begun.linears, self._targets
         with self._phase(watch, index, "prune"), _naming(index):
             begun.collector.sum_over(self._peers)
@@ -134,15 +135,15 @@ class Transaction:
         return commit, watch
 
     def propagate(
-        self, index: int, watch: Stopwatch, outlet: Outlet | None = None, next_block: int | None = None
+        self, index: int, watch: Stopwatch, outlet: Outlet | None = None, following: int | None = None
     ) -> None:
         """Run the pruned block over all sequences, handing its outputs on as they appear, then drop it.
 
-        The next block of this stage is collected from them meanwhile, where both blocks fit.
+        The following block of this stage is collected from them meanwhile, where both blocks fit.
         """
-        begun = self._begin(next_block) if next_block is not None and self._memory.fused else None
+        begun = self._begin(following) if following is not None and self._memory.fused else None
         self._progress.phase(index, "propagate")
-        with self._memory.meter.phase("propagate" if begun is None else "fused"):
+        with self._memory.phase("propagate" if begun is None else "fused"):
             for sequences, hidden_BTD in self._streams.pruned.stream(self._order.batch, self._skeleton.device):
                 with watch.phase("propagate"):
                     output = self._advance(index, sequences, hidden_BTD, f"pruned block {index}", outlet)
@@ -151,7 +152,7 @@ class Transaction:
                         self._gather(begun, sequences, output)
         self.drop(index)
         if begun is not None:
-            with begun.watch.phase("collect"), self._memory.meter.phase("collect"):
+            with begun.watch.phase("collect"), self._memory.phase("collect"):
                 self._advance_dense(begun.index)
             self._collected = begun
 
@@ -184,9 +185,9 @@ class Transaction:
         collector = Collector(linears, self._order.recipe.statistics)
         return Begun(index=index, block=block, linears=linears, collector=collector, watch=watch)
 
-    def _collect(self, index: int) -> Begun:
-        """Read a block and gather statistics of it, from the boundary that has been reached."""
-        begun, pruned = self._begin(index), self._streams.pruned
+    def _collect(self, begun: Begun) -> None:
+        """Gather statistics of a block from the boundary that has been reached."""
+        index, pruned = begun.index, self._streams.pruned
         if not pruned.has_begun:
             self._progress.phase(index, "wait")
             pruned.read(slice(0, 1), self._skeleton.device)
@@ -195,7 +196,6 @@ class Transaction:
             for sequences, hidden_BTD in pruned.stream(self._order.batch, self._skeleton.device, wanted):
                 self._gather(begun, sequences, hidden_BTD)
             self._advance_dense(index)
-        return begun
 
     @torch.no_grad()
     def _gather(self, begun: Begun, sequences: slice, hidden_BTD: torch.Tensor) -> None:
@@ -273,7 +273,7 @@ class Transaction:
     @contextmanager
     def _phase(self, watch: Stopwatch, index: int, name: str) -> Iterator[None]:
         self._progress.phase(index, name)
-        with watch.phase(name), self._memory.meter.phase(name):
+        with watch.phase(name), self._memory.phase(name):
             yield
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from pipeline.methods.step import Step
-from pipeline.planning.footprint import Scale
+from pipeline.planning.scale import Scale
 from pipeline.planning.work import Workload
 from pipeline.recipe import Recipe
 

@@ -11,7 +11,8 @@ from typing import Literal, get_args
 from pipeline.budget import Place
 from pipeline.memory_config import Tier
 from pipeline.meter import human_bytes
-from pipeline.planning.footprint import Choice, Phase, Scale, footprint
+from pipeline.planning.footprint import Choice, Phase, footprint
+from pipeline.planning.scale import Scale
 from pipeline.recipe import parse_recipe
 from pipeline.sparsity import Sparsity
 

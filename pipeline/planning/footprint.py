@@ -21,8 +21,8 @@ from pipeline.budget import Place
 from pipeline.memory_config import Tier
 from pipeline.methods.besa import Besa
 from pipeline.methods.step import BlockStep, Step
-from pipeline.planning.work import Workload, statistics_bytes
-from pipeline.recipe import Recipe
+from pipeline.planning.scale import Scale
+from pipeline.planning.work import statistics_bytes
 from pipeline.statistics import SLAB_NUMEL, ColumnSquares, Gram
 
 PAGE = 4096
@@ -53,51 +53,6 @@ class Choice:
 
     ahead: int
     """Blocks whose weights are read ahead: 0 or 1."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scale:
-    """A run in numbers: all that its footprint depends on, beside the choice."""
-
-    work: Workload
-    recipe: Recipe
-    names: tuple[tuple[str, ...], ...]
-    """Of the linears of the largest block, by the input they share; their shapes are those of `work.groups`."""
-
-    block_numel: int
-    """Numbers in the largest block, norms and biases included."""
-
-    outside_numel: int
-    """Numbers in the largest weight outside the blocks: embedding and head are never held together."""
-
-    vocab_size: int
-    dtype: torch.dtype
-    """In which blocks run."""
-
-    stored: torch.dtype
-    """In which weights are stored."""
-
-    unified: bool
-    """Whether blocks run in host memory: on a CPU."""
-
-    windows: tuple[int, int] | None = None
-    """Windows of an evaluation and their length, where there is one and its number of windows is known."""
-
-    @property
-    def block_bytes(self) -> int:
-        """Weights of a block where blocks run."""
-        return self.block_numel * self.dtype.itemsize
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """(out features, in features) of every linear, by its name."""
-        pairs = zip(self.names, self.work.groups, strict=True)
-        return {name: shape for names, group in pairs for name, shape in zip(names, group, strict=True)}
-
-    @property
-    def num_boundaries(self) -> int:
-        """The pruned stream, and where asked the targets or the dense stream (which serves as targets too)."""
-        return 2 if self.recipe.needs_targets else 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +97,33 @@ def footprint(scale: Scale, choice: Choice, baseline: int) -> tuple[Phase, ...]:
     process = Held(place="host", what="interpreter and libraries", num_bytes=baseline)
     kept = _on_host("freed memory that is kept", _kept_by_heaps(phases.values()))
     return tuple(Phase(name=name, held=_merged(scale, (process, kept, *held))) for name, held in phases.items())
+
+
+LASTING = frozenset(
+    {
+        "interpreter and libraries", "freed memory that is kept", "tokens", "hidden states", "buffers of the spool",
+        "weights", "weights of both blocks", "the next block's weights", "the block's weights as stored",
+        "buffers for reading weights",
+    }
+)  # fmt: skip
+"""What is taken from the budget by what makes it, or is there before the run; all else lasts as long as its phase."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """How a run uses memory, and what each of its phases then holds for as long as it lasts, by name and place."""
+
+    choice: Choice
+    working_sets: dict[str, dict[Place, int]]
+
+
+def working_sets(phases: Iterable[Phase]) -> dict[str, dict[Place, int]]:
+    """Return what each phase holds for as long as it lasts, by its name and place."""
+    places: tuple[Place, ...] = ("device", "host")
+    return {
+        phase.name: {p: sum(h.num_bytes for h in phase.held if h.place == p and h.what not in LASTING) for p in places}
+        for phase in phases
+    }
 
 
 def _merged(scale: Scale, held: tuple[Held, ...]) -> tuple[Held, ...]:

@@ -15,8 +15,9 @@ import torch
 from pipeline.errors import StorageError
 from pipeline.meter import synchronise
 from pipeline.paging.pager import Pager
-from pipeline.planning.footprint import Choice, Scale
+from pipeline.planning.footprint import Choice
 from pipeline.planning.probes import copy_speed, disk_speed, matmul_flops
+from pipeline.planning.scale import Scale
 from pipeline.planning.work import (
     SELECTION_BYTES,
     Count,

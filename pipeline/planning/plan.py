@@ -26,9 +26,10 @@ from pipeline.methods.besa import Besa
 from pipeline.paging.engines import open_pager
 from pipeline.paging.spool import existing
 from pipeline.planning.fitting import Limit, Room, choose, preferences, refusal
-from pipeline.planning.footprint import Choice, Phase, Scale, footprint
+from pipeline.planning.footprint import Choice, Fit, Phase, footprint, working_sets
 from pipeline.planning.pace import Cost, Speeds, costs, probe_speeds
-from pipeline.planning.work import Workload, likely_groups, shapes_of, weights_of
+from pipeline.planning.scale import scale_of
+from pipeline.planning.work import weights_of
 from pipeline.recipe import Recipe
 from pipeline.skeleton import Skeleton
 
@@ -87,6 +88,9 @@ class Plan:
     """Size of the output."""
 
     phases: tuple[PlannedPhase, ...]
+    working_sets: dict[str, dict[Place, int]]
+    """What each phase takes from the run's budget for as long as it lasts."""
+
     bytes_read: int
     """From disk, over the whole run."""
 
@@ -100,6 +104,11 @@ class Plan:
 
     forward_passes: float
     """Passes of all calibration sequences through all blocks, counting a backward pass as two."""
+
+    @property
+    def fit(self) -> Fit:
+        """How the run uses memory."""
+        return Fit(choice=self.choice, working_sets=self.working_sets)
 
     def as_json(self) -> dict[str, Any]:
         """Return plain data."""
@@ -122,7 +131,7 @@ def make_plan(config: RunConfig, directory: Path, speeds: Speeds | None, baselin
         choice = choose(scale, room, config.memory.activations)
         refused = () if choice else refusal(scale, room, config.memory.activations, config.prune.target)
         choice = choice or list(preferences(scale, room, config.memory.activations))[-1]
-        inside = sum(_numel(skeleton, index) for index in range(skeleton.num_blocks))
+        inside = sum(skeleton.block_numel(index) for index in range(skeleton.num_blocks))
         outside = max(0, checkpoint.total_bytes() - inside * scale.stored.itemsize)
         phases = footprint(scale, choice, held)
         return Plan(
@@ -135,12 +144,13 @@ def make_plan(config: RunConfig, directory: Path, speeds: Speeds | None, baselin
             refused=refused,
             limits={place: limit.num_bytes for place, limit in room.limits.items()},
             output_bytes=checkpoint.total_bytes(),
+            working_sets=working_sets(phases),
             forward_passes=_forward_passes(scale.recipe, config.calibration.sequences),
             **_totals(phases, costs(scale, choice, speeds, outside)),
         )
 
 
-def choice_for(config: RunConfig, skeleton: Skeleton, num_sequences: int, baseline: int) -> Choice:
+def fit_for(config: RunConfig, skeleton: Skeleton, num_sequences: int, baseline: int) -> Fit:
     """Return how one worker of a cluster uses memory for its part of the sequences; raises BudgetExceeded."""
     scale = scale_of(config, skeleton)
     scale = replace(scale, work=replace(scale.work, num_sequences=num_sequences), windows=None)
@@ -148,7 +158,7 @@ def choice_for(config: RunConfig, skeleton: Skeleton, num_sequences: int, baseli
     choice = choose(scale, room, asked)
     if choice is None:
         raise BudgetExceeded("\n".join(refusal(scale, room, asked, config.prune.target)))
-    return choice
+    return Fit(choice=choice, working_sets=working_sets(footprint(scale, choice, baseline)))
 
 
 def measure_speeds(config: RunConfig, directory: Path) -> Speeds:
@@ -160,37 +170,6 @@ def measure_speeds(config: RunConfig, directory: Path) -> Speeds:
         torch.set_num_threads(config.compute.threads)
     with closing(open_pager(config.memory.io, place)) as pager:
         return probe_speeds(place, pager, device, dtype)
-
-
-def scale_of(config: RunConfig, skeleton: Skeleton) -> Scale:
-    """Return a run in numbers, by its largest block."""
-    checkpoint, model = skeleton.checkpoint, skeleton.model.config
-    largest = max(range(skeleton.num_blocks), key=lambda index: _numel(skeleton, index))
-    block, calibration, evaluate = skeleton.blocks[largest], config.calibration, config.evaluate
-    stored = checkpoint.matrix_dtype()
-    groups = likely_groups(block, config.prune.skip, model.hidden_size)
-    work = Workload(
-        groups=shapes_of(block, groups),
-        hidden=model.hidden_size,
-        num_blocks=skeleton.num_blocks,
-        num_sequences=calibration.sequences,
-        num_tokens=calibration.tokens,
-        batch=config.compute.batch,
-        dtype_bytes=skeleton.dtype.itemsize,
-        stored_bytes=stored.itemsize,
-    )
-    return Scale(
-        work=work,
-        recipe=config.prune.steps,
-        names=tuple(tuple(linear.name for linear in group) for group in groups),
-        block_numel=_numel(skeleton, largest),
-        outside_numel=_outside_numel(skeleton),
-        vocab_size=skeleton.vocab_size,
-        dtype=skeleton.dtype,
-        stored=stored,
-        unified=skeleton.device.type == "cpu",
-        windows=(evaluate.windows, evaluate.sequence_length) if evaluate and evaluate.windows else None,
-    )
 
 
 def room_for(config: RunConfig, device: torch.device, baseline: int) -> Room:
@@ -252,19 +231,6 @@ def _planned(cost: Cost, phase: Phase | None) -> PlannedPhase:
         seconds=cost.seconds,
         bottleneck=cost.bottleneck,
     )
-
-
-def _numel(skeleton: Skeleton, index: int) -> int:
-    names = skeleton.block_names(index).values()
-    return sum(torch.Size(skeleton.checkpoint.tensors[name].shape).numel() for name in names)
-
-
-def _outside_numel(skeleton: Skeleton) -> int:
-    """Numbers in the largest weight outside the blocks: embedding and head are never held together."""
-    inside = f"{skeleton.block_prefix}."
-    shapes = (skeleton.checkpoint.tensors[name].shape for own, name in skeleton.stored_name.items()
-              if not own.startswith(inside))  # fmt: skip
-    return max(torch.Size(shape).numel() for shape in shapes)
 
 
 def _forward_passes(recipe: Recipe, num_sequences: int) -> float:

@@ -10,7 +10,8 @@ from pipeline.methods.besa import Besa
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.methods.wanda import Wanda
 from pipeline.planning.fitting import Limit, Room, choose, exceeded, preferences, refusal
-from pipeline.planning.footprint import Choice, Scale, footprint
+from pipeline.planning.footprint import Choice, footprint
+from pipeline.planning.scale import Scale
 from pipeline.sparsity import Unstructured
 from tests.scales import LLAMA_70B, scale_70b
 

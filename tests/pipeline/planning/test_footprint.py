@@ -10,7 +10,8 @@ from pipeline.memory_config import Tier
 from pipeline.methods.besa import Besa
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.methods.wanda import Wanda
-from pipeline.planning.footprint import Choice, Phase, Scale, footprint
+from pipeline.planning.footprint import Choice, Phase, footprint
+from pipeline.planning.scale import Scale
 from tests.scales import LLAMA_70B, scale_70b
 
 BASELINE = 500_000_000

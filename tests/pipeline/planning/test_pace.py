@@ -11,8 +11,9 @@ from pipeline.errors import StorageError
 from pipeline.methods.besa import Besa
 from pipeline.methods.wanda import Wanda
 from pipeline.paging.pager import ThreadPager
-from pipeline.planning.footprint import Choice, Scale
+from pipeline.planning.footprint import Choice
 from pipeline.planning.pace import Cost, Speeds, costs, probe_speeds
+from pipeline.planning.scale import Scale
 from tests.scales import LLAMA_70B, scale_70b
 
 INSTANT = Speeds(

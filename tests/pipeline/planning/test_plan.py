@@ -11,7 +11,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.config import RunConfig, parse_config
 from pipeline.errors import BudgetExceeded, ConfigError
 from pipeline.planning.footprint import Choice
-from pipeline.planning.plan import Plan, choice_for, existing, make_plan, measure_speeds
+from pipeline.planning.plan import Plan, existing, fit_for, make_plan, measure_speeds
 from pipeline.skeleton import Skeleton
 from tests.tiny import save_tiny
 
@@ -86,9 +86,9 @@ def test_without_a_baseline_the_present_process_is_counted(model: Path) -> None:
 def test_a_worker_chooses_for_its_own_part_of_the_sequences(model: Path) -> None:
     config = config_of(model, memory={"activations": "disk", "spool_limit": 3 * 4096})
     skeleton = Skeleton(Checkpoint.open(model), torch.device("cpu"), torch.float32)
-    assert choice_for(config, skeleton, 3, 0).tier == "disk"
+    assert fit_for(config, skeleton, 3, 0).choice.tier == "disk"
     with pytest.raises(BudgetExceeded, match=r"above memory\.spool_limit: 12\.3 kB"):
-        choice_for(config, skeleton, 6, 0)
+        fit_for(config, skeleton, 6, 0)
 
 
 def test_a_plan_is_plain_data_for_json(model: Path) -> None:

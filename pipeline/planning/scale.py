@@ -1,0 +1,94 @@
+"""A run in numbers: all that its footprint and its time depend on, from its configuration and the headers."""
+
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.config import RunConfig
+from pipeline.planning.work import Workload, likely_groups, shapes_of
+from pipeline.recipe import Recipe
+from pipeline.skeleton import Skeleton
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scale:
+    """A run in numbers: all that its footprint depends on, beside the choice."""
+
+    work: Workload
+    recipe: Recipe
+    names: tuple[tuple[str, ...], ...]
+    """Of the linears of the largest block, by the input they share; their shapes are those of `work.groups`."""
+
+    block_numel: int
+    """Numbers in the largest block, norms and biases included."""
+
+    outside_numel: int
+    """Numbers in the largest weight outside the blocks: embedding and head are never held together."""
+
+    vocab_size: int
+    dtype: torch.dtype
+    """In which blocks run."""
+
+    stored: torch.dtype
+    """In which weights are stored."""
+
+    unified: bool
+    """Whether blocks run in host memory: on a CPU."""
+
+    windows: tuple[int, int] | None = None
+    """Windows of an evaluation and their length, where there is one and its number of windows is known."""
+
+    @property
+    def block_bytes(self) -> int:
+        """Weights of a block where blocks run."""
+        return self.block_numel * self.dtype.itemsize
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(out features, in features) of every linear, by its name."""
+        pairs = zip(self.names, self.work.groups, strict=True)
+        return {name: shape for names, group in pairs for name, shape in zip(names, group, strict=True)}
+
+    @property
+    def num_boundaries(self) -> int:
+        """The pruned stream, and where asked the targets or the dense stream (which serves as targets too)."""
+        return 2 if self.recipe.needs_targets else 1
+
+
+def scale_of(config: RunConfig, skeleton: Skeleton) -> Scale:
+    """Return a run in numbers, by its largest block."""
+    checkpoint, model = skeleton.checkpoint, skeleton.model.config
+    largest = max(range(skeleton.num_blocks), key=lambda index: skeleton.block_numel(index))
+    block, calibration, evaluate = skeleton.blocks[largest], config.calibration, config.evaluate
+    stored = checkpoint.matrix_dtype()
+    groups = likely_groups(block, config.prune.skip, model.hidden_size)
+    work = Workload(
+        groups=shapes_of(block, groups),
+        hidden=model.hidden_size,
+        num_blocks=skeleton.num_blocks,
+        num_sequences=calibration.sequences,
+        num_tokens=calibration.tokens,
+        batch=config.compute.batch,
+        dtype_bytes=skeleton.dtype.itemsize,
+        stored_bytes=stored.itemsize,
+    )
+    return Scale(
+        work=work,
+        recipe=config.prune.steps,
+        names=tuple(tuple(linear.name for linear in group) for group in groups),
+        block_numel=skeleton.block_numel(largest),
+        outside_numel=_outside_numel(skeleton),
+        vocab_size=skeleton.vocab_size,
+        dtype=skeleton.dtype,
+        stored=stored,
+        unified=skeleton.device.type == "cpu",
+        windows=(evaluate.windows, evaluate.sequence_length) if evaluate and evaluate.windows else None,
+    )
+
+
+def _outside_numel(skeleton: Skeleton) -> int:
+    """Numbers in the largest weight outside the blocks: embedding and head are never held together."""
+    inside = f"{skeleton.block_prefix}."
+    shapes = (skeleton.checkpoint.tensors[name].shape for own, name in skeleton.stored_name.items()
+              if not own.startswith(inside))  # fmt: skip
+    return max(torch.Size(shape).numel() for shape in shapes)
