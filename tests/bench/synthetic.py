@@ -30,6 +30,23 @@ def random_chunks(shape: tuple[int, ...], seed: int) -> Iterator[memoryview]:
         yield from tensor_chunks((piece + 1 if len(shape) == 1 else piece).to(DTYPE))
 
 
+def llama_config(
+    hidden: int, ffn: int, num_blocks: int, num_kv_heads: int | None = None, vocab: int = 32000
+) -> LlamaConfig:
+    """Return the configuration of a LLaMA with heads of 128 features, by default four to a key-value head."""
+    num_heads = hidden // 128
+    return LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=num_blocks,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads or max(1, num_heads // 4),
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+    )
+
+
 def block_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Return name within the block -> shape of every tensor of a LLaMA block."""
     hidden, ffn = config.hidden_size, config.intermediate_size
@@ -77,21 +94,9 @@ def main() -> None:
     parser.add_argument("--ffn", type=int, default=14336)
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument("--kv-heads", type=int)
     asked = parser.parse_args()
-    heads = asked.hidden // 128
-    write_llama(
-        asked.directory,
-        LlamaConfig(
-            vocab_size=asked.vocab,
-            hidden_size=asked.hidden,
-            intermediate_size=asked.ffn,
-            num_hidden_layers=asked.blocks,
-            num_attention_heads=heads,
-            num_key_value_heads=max(1, heads // 4),
-            tie_word_embeddings=False,
-            dtype="bfloat16",
-        ),
-    )
+    write_llama(asked.directory, llama_config(asked.hidden, asked.ffn, asked.blocks, asked.kv_heads, asked.vocab))
 
 
 if __name__ == "__main__":
