@@ -19,7 +19,7 @@ from pipeline.config import ComputeConfig, EvaluateConfig, RunConfig, load_confi
 from pipeline.demo_model import fetch_demo_model
 from pipeline.devices import choose_device, choose_dtype
 from pipeline.doctor import examine
-from pipeline.errors import ConfigError, RunStopped, SecateurError
+from pipeline.errors import BudgetExceeded, ConfigError, RunStopped, SecateurError
 from pipeline.evaluate import evaluate as evaluate_checkpoint
 from pipeline.evaluate import load_windows
 from pipeline.job import model_directory_of
@@ -211,7 +211,7 @@ def main() -> None:
         sys.exit(EXIT_STOPPED)
     except SecateurError as error:
         console.print(f"error: {error.message}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(EXIT_ERROR)
+        sys.exit(EXIT_REFUSED if isinstance(error, BudgetExceeded) else EXIT_ERROR)
     except StoppedAtOnce:
         console.print(
             "interrupted; every committed block is kept, and the same command goes on from there", soft_wrap=True

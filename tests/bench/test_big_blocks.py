@@ -1,6 +1,6 @@
 """Blocks with the shapes of LLaMA-2-70B on this machine's CPU, hidden states on disk: ceilings that hold.
 
-    python -m pytest tests/bench/test_big_blocks.py -m bench -s      # 8 GB of checkpoint, 8 GB of output, some 20 minutes
+    python -m pytest tests/bench/test_big_blocks.py -m bench -s     # 8 GB of checkpoint, 8 of output, some 20 minutes
 
 The checkpoint is made once, in the directory that SECATEUR_BIG names, or in a temporary one.
 """

@@ -143,6 +143,12 @@ def test_a_heavy_library_has_one_owner(library: str) -> None:
     assert int(needed) <= len(importers(library)) <= 1, importers(library)
 
 
+def test_what_is_installed_is_all_of_it() -> None:
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    packages = {".".join(path.parent.parts) for path in source_files() if path.name == "__init__.py"}
+    assert set(tools["setuptools"]["packages"]) == packages
+
+
 def test_what_decides_knows_nothing_of_ray() -> None:
     assert importers("ray") == {f"cluster/{name}.py" for name in KNOW_RAY}
 

@@ -82,10 +82,13 @@ def spooled(report: Report) -> int:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("tier", ["host", "disk"])
-@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+@pytest.mark.parametrize(
+    ("tier", "recipe"),
+    [*(("disk", recipe) for recipe in RECIPES), ("host", ["wanda"]), ("host", [DENSE, "sparsegpt"])],
+    ids=str,
+)
 def test_neither_tier_nor_engine_changes_a_byte(
-    recipe: RecipeEntries, tier: str, engine: Engine, source: Path, plain: Reference, tmp_path: Path
+    tier: str, recipe: RecipeEntries, engine: Engine, source: Path, plain: Reference, tmp_path: Path
 ) -> None:
     if engine == "aio" and (reason := why_not_aio(tmp_path)):
         pytest.skip(reason)
@@ -162,3 +165,45 @@ def test_each_weight_of_a_block_is_read_once(source: Path, tmp_path: Path) -> No
     tensors = tensors_in(source)
     inside = sum(tensor.nbytes for name, tensor in tensors.items() if ".layers." in name)
     assert report.traffic["weights_read"] == inside
+
+
+@pytest.fixture
+def quick_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the disk measured with a megabyte."""
+    monkeypatch.setattr("pipeline.planning.pace.PROBED_BYTES", 1 << 20)
+    monkeypatch.setattr("pipeline.planning.pace.HASHED_BYTES", 1 << 20)
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+@pytest.mark.parametrize(
+    ("memory", "facts"),
+    [
+        (
+            {"host": "1MiB"},
+            [r"needs [\d.]+ MB \(host\), [\d.]+ MB above memory\.host: 1\.05 MB", r"memory\.host: \d+MiB"],
+        ),
+        (
+            {"activations": "disk", "spool_limit": "16KiB"},
+            [r"needs 28\.7 kB \(spool\), 12\.3 kB above memory\.spool_limit: 16\.4 kB", r"calibration\.sequences: 4"],
+        ),
+    ],
+    ids=["host", "spool"],
+)
+@pytest.mark.usefixtures("quick_probes")
+def test_a_ceiling_below_the_plan_is_refused_before_anything_is_written(
+    memory: dict[str, Any],
+    facts: list[str],
+    command: str,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = tmp_path / "job.yaml"
+    config.write_text(yaml.safe_dump(settings(source, tmp_path / "run", ["wanda"], memory=memory)))
+    with untouched(source):
+        assert run_command([command, config], monkeypatch) == 3
+    said = " ".join(capsys.readouterr().err.split())
+    for fact in (*facts, "What would do: "):
+        assert re.search(fact, said)
+    assert {file for file in digests(tmp_path) if file != "run/lock"} == {"job.yaml"}
