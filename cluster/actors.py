@@ -21,6 +21,7 @@ from cluster.shelves import Deliver, SentShelf, already_there, own_directory
 from cluster.worker import Brief, Worker
 from pipeline.devices import choose_device
 from pipeline.errors import (
+    BudgetExceeded,
     CalibrationError,
     ConfigError,
     MalformedShard,
@@ -36,7 +37,8 @@ THREADS = {"receive": 1, "events": 1, "control": 1}
 """Concurrency groups: each has a thread of its own beside the one that works."""
 
 SURELY_AGAIN = (
-    CalibrationError, ConfigError, MalformedShard, NumericsError, RunDirectoryError, UnsupportedCheckpoint
+    BudgetExceeded, CalibrationError, ConfigError, MalformedShard, NumericsError, RunDirectoryError,
+    UnsupportedCheckpoint,
 )  # fmt: skip
 """Errors that another attempt would end with too; what a disk or a mount has failed of may pass."""
 

@@ -30,6 +30,7 @@ from pipeline.paging.aio import is_built
 from pipeline.planning.plan import make_plan, measure_speeds
 from pipeline.progress import Progress, StopAsked
 from pipeline.report import Report
+from pipeline.run import counted
 from pipeline.run import run as run_pipeline
 from pipeline.skeleton import Skeleton
 from pipeline.verify import verify as verify_run
@@ -74,7 +75,7 @@ def plan(
     """Say what a run will need and how long it will take, before any weight is read; exits with 3 if it cannot fit."""
     settings = load_config(config_file(config), overrides or [])
     directory = model_directory_of(settings)
-    found = make_plan(settings, directory, measure_speeds(settings, directory))
+    found = make_plan(counted(settings, directory), directory, measure_speeds(settings, directory))
     show_plan(console, found)
     if settings.cluster is not None:
         console.print("These are figures of one worker with all blocks and sequences; a run tells its topology.")

@@ -25,7 +25,8 @@ from pipeline.cluster_config import ClusterConfig
 from pipeline.config import RunConfig, resolved
 from pipeline.job import Job, Scheme, Source, evaluate_job, finish, open_job, open_source, write_report
 from pipeline.ledger import LEDGER_NAME, Ledger, RunLock, refuse_foreign
-from pipeline.memory import unlimited
+from pipeline.memory import fitted_memory
+from pipeline.paging.spool import remove_leftovers, spool_directory
 from pipeline.progress import Progress, StopAsked
 from pipeline.report import Report
 
@@ -44,6 +45,7 @@ def run_on_cluster(config: RunConfig, progress: Progress, stop_asked: StopAsked)
         settings.replicas if settings.replicas != "auto" else 1
     )
     with RunLock(config.output), joined(settings, num_workers):
+        remove_leftovers(spool_directory(config.memory.spool, config.output))
         offer = look_round(settings, config.compute.device, config.output)
         if offer.device_type == "cpu" and config.compute.threads is None:
             # Rounding depends on it, so it becomes part of the run's identity.
@@ -52,10 +54,12 @@ def run_on_cluster(config: RunConfig, progress: Progress, stop_asked: StopAsked)
             if config.evaluate is not None and source.skeleton.device.type != offer.device_type:
                 progress.say(f"perplexity is measured by this process, on {source.skeleton.device}, not by workers")
             topology, expected = _choose_topology(source, settings, offer, progress)
-            job = open_job(source, unlimited(), progress, stop_asked, scheme=scheme_of(topology))
-            evaluate_job(job, "before")
-            _prune(job, settings, offer, topology, expected)
-            return finish(job)
+            spool = spool_directory(config.memory.spool, config.output)
+            with fitted_memory(config, source.skeleton, config.calibration.sequences, spool) as memory:
+                job = open_job(source, memory, progress, stop_asked, scheme=scheme_of(topology))
+                evaluate_job(job, "before")
+                _prune(job, settings, offer, topology, expected)
+                return finish(job)
 
 
 def scheme_of(topology: Topology) -> Scheme:

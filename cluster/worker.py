@@ -5,8 +5,8 @@ dense      (handoff `dense`) the stage's dense blocks run on its input, for the 
 blocks     committed ones are replayed, the others pruned; each commit waits until it is acknowledged
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from socket import gethostname
 from threading import Event as Flag
@@ -25,12 +25,10 @@ from pipeline.errors import CheckpointError, RunStopped
 from pipeline.inputs import embed_tokens, pass_dense_stream, run_dense_blocks
 from pipeline.job import model_directory_of, order_of
 from pipeline.ledger import Commit
-from pipeline.memory import Memory, opened_memory, unlimited
-from pipeline.memory_config import MemoryConfig
-from pipeline.meter import Stopwatch, resident_bytes
-from pipeline.paging.spool import spool_directory
+from pipeline.memory import Memory, fitted_memory
+from pipeline.meter import Stopwatch
+from pipeline.paging.spool import spool_directory, worker_spool
 from pipeline.peers import Peers
-from pipeline.planning.plan import fit_for
 from pipeline.progress import Silent
 from pipeline.shelf import Shelf
 from pipeline.skeleton import Skeleton
@@ -113,7 +111,11 @@ class Worker:
             dtype = choose_dtype(self._config.compute.dtype, device, checkpoint.matrix_dtype())
             skeleton = Skeleton(checkpoint, device, dtype)
             book = EventBook(assignment, peers, device, self._report, deliver, acknowledged)
-            with self._opened_memory(skeleton) as self._memory, suppress(RunStopped):
+            spool = worker_spool(
+                spool_directory(self._config.memory.spool, self._config.output), self._brief.stage, self._brief.replica
+            )
+            num_sequences = len(self._brief.tokens_NT)
+            with fitted_memory(self._config, skeleton, num_sequences, spool) as self._memory, suppress(RunStopped):
                 self._run_stage(skeleton, outlet, shelf, progress, peers, book)
 
     def _run_stage(
@@ -141,20 +143,6 @@ class Worker:
                     transaction.replay(block, assignment.committed[block])
             onward = outlet if assignment.forward and not dense_handoff else None
             run_stage(transaction, range(assignment.start, assignment.stop), assignment.committed, book, onward)
-
-    @contextmanager
-    def _opened_memory(self, skeleton: Skeleton) -> Iterator[Memory]:
-        """Open what the `memory` section asks for; its ceilings are those of every worker by itself."""
-        config, device = self._config, skeleton.device
-        if config.memory == MemoryConfig():
-            yield unlimited()
-            return
-        baseline, batch = resident_bytes(), self._order.batch
-        fit = fit_for(config, skeleton, len(self._brief.tokens_NT), baseline)
-        spool = spool_directory(config.memory.spool, config.output)
-        own = spool.with_name(f"{spool.name}-{self._brief.stage}-{self._brief.replica}")
-        with opened_memory(config.memory, fit, own, device, baseline=baseline, batch=batch) as memory:
-            yield memory
 
     def _input(self, skeleton: Skeleton) -> Boundary:
         """Return the boundary that arrives, or boundary 0; from here on batches are taken, or ignored."""
@@ -186,7 +174,7 @@ class Worker:
             run_dense_blocks(skeleton, boundary, range(start), self._order.batch, self._memory)
         progress.phase(start, "dense")
         if self._assignment.forward:
-            pass_dense_stream(skeleton, boundary, range(start, stop), self._order.batch, outlet)
+            pass_dense_stream(skeleton, boundary, range(start, stop), self._order.batch, outlet, self._memory)
         if isinstance(boundary, ArrivingBoundary):
             boundary.wait()
 

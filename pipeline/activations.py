@@ -99,6 +99,7 @@ class ArrivingBoundary(Boundary):
         self._missing = set(range(region.shape[0]))
         self._arrived = Condition()
         self._failure: BaseException | None = None
+        self._closed = False
 
     @property
     def has_begun(self) -> bool:
@@ -113,12 +114,13 @@ class ArrivingBoundary(Boundary):
     def put(self, sequences: slice, hidden_BTD: torch.Tensor) -> None:
         """Take what has arrived from another thread; what is here already is not taken a second time.
 
-        By then it may have been replaced by the outputs of this stage's own blocks. Raises StorageError, here and in
-        who waits: what could not be stored is not sent a second time.
+        By then it may have been replaced by the outputs of this stage's own blocks. Nor is what comes after `close`:
+        this stage has failed, and who sends is not to blame. Raises StorageError, here and in who waits: what could
+        not be stored is not sent a second time.
         """
         wanted = set(range(sequences.start, sequences.stop))
         with self._arrived:
-            if wanted <= self._missing:
+            if not self._closed and wanted <= self._missing:
                 try:
                     self.region.write(sequences, hidden_BTD)
                     self._missing -= wanted
@@ -136,6 +138,12 @@ class ArrivingBoundary(Boundary):
         """Return hidden_BTD of some sequences on a device, once they are there; as `Boundary.read` does."""
         self._wait_for(set(range(*sequences.indices(self.num_sequences))))
         return super().read(sequences, device)
+
+    def close(self) -> None:
+        """Give back what it holds, as `Boundary.close` does; what arrives from now on is ignored."""
+        with self._arrived:
+            self._closed = True
+        super().close()
 
     def _wait_for(self, wanted: set[int]) -> None:
         with self._arrived:

@@ -97,12 +97,11 @@ def _perplexity(stream: Stream, boundary: Boundary, windows_WL: torch.Tensor) ->
     num_windows, length = windows_WL.shape
     total = torch.zeros((), dtype=torch.float64)
     with stream.outside_weights():
-        for row in range(num_windows):
+        for window, hidden_BTD in boundary.stream(1, stream.device):
             for start in range(0, length - 1, HEAD_TOKENS):
                 stop = min(start + HEAD_TOKENS, length - 1)
-                hidden_BTD = boundary.read(slice(row, row + 1), stream.device)[:, start:stop]
-                logits_TV = stream.logits(hidden_BTD)[0].float()
-                labels_T = windows_WL[row, start + 1 : stop + 1].to(logits_TV.device)
+                logits_TV = stream.logits(hidden_BTD[:, start:stop])[0].float()
+                labels_T = windows_WL[window.start, start + 1 : stop + 1].to(logits_TV.device)
                 total += cross_entropy(logits_TV, labels_T, reduction="sum").double().cpu()
     mean = total.item() / (num_windows * (length - 1))
     if not mean < LARGEST_EXPONENT:

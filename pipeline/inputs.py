@@ -1,10 +1,13 @@
 """Where the hidden states come from that a stage starts on: the embedding, and dense blocks run over them."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
+from math import prod
 
 import torch
 
 from pipeline.activations import Boundary, Outlet, Store, batches, require_finite
+from pipeline.budget import Budget
 from pipeline.devices import free_bytes
 from pipeline.memory import Memory
 from pipeline.skeleton import Skeleton
@@ -12,17 +15,20 @@ from pipeline.stream import Stream
 from pipeline.weights import BlockWeights
 
 STREAMED_ROUNDS = 4
-"""How often a stage reads its weights for the dense pass when it cannot hold all of them: once a round."""
+"""How often a stage reads its weights for the dense pass when it cannot hold all of them, at least: once a round."""
 
 
 @torch.no_grad()
 def embed_tokens(skeleton: Skeleton, tokens_NT: torch.Tensor, batch: int, store: Store, name: str) -> Boundary:
     """Return boundary 0, a new one of the store: the sequences as they enter the first block."""
     stream = Stream(skeleton, skeleton.checkpoint)
-    boundary = store.boundary(name, (len(tokens_NT), tokens_NT.shape[1], stream.num_features), skeleton.dtype)
-    with stream.outside_weights():
-        for sequences in boundary.batches(batch):
-            boundary.write(sequences, stream.embed(tokens_NT[sequences]), "the embedding")
+    shape = (len(tokens_NT), tokens_NT.shape[1], stream.num_features)
+    with ExitStack() as on_error:
+        boundary = on_error.enter_context(store.boundary(name, shape, skeleton.dtype))
+        with stream.outside_weights():
+            for sequences in boundary.batches(batch):
+                boundary.write(sequences, stream.embed(tokens_NT[sequences]), "the embedding")
+        on_error.pop_all()
     return boundary
 
 
@@ -50,44 +56,65 @@ def run_dense_block(
 
 
 @torch.no_grad()
-def pass_dense_stream(skeleton: Skeleton, boundary: Boundary, blocks: range, batch: int, outlet: Outlet) -> None:
+def pass_dense_stream(
+    skeleton: Skeleton, boundary: Boundary, blocks: range, batch: int, outlet: Outlet, memory: Memory
+) -> None:
     """Run the dense blocks of a stage on its input, batch by batch, and hand the outputs on; the input stays.
 
     The weights of all its blocks are held meanwhile, where they fit, so that a batch goes through all of them as
     soon as it has arrived. Where they do not, the sequences go in rounds, each of which reads the weights anew.
     """
     stream = Stream(skeleton, skeleton.checkpoint)
-    resident = can_hold(skeleton, blocks)
+    resident = can_hold(skeleton, blocks, memory.budget)
     keep_on = skeleton.device if resident else torch.device("cpu")
-    num_rounds = 1 if resident else STREAMED_ROUNDS
-    size = batch if resident else -(-boundary.num_sequences // (num_rounds * batch)) * batch
-    for sequences in batches(boundary.num_sequences, size):
-        parts = _parts(sequences, batch)
-        for index in blocks if resident else blocks[:1]:
-            _load(skeleton, index)  # before waiting for what arrives: all stages read at once
-        hidden = [boundary.read(part, keep_on) for part in parts]
+    size = batch if resident else _round_size(boundary, batch, memory.budget)
+    with memory.weights_of(skeleton) as weights:
+        for sequences in batches(boundary.num_sequences, size):
+            for index in blocks if resident else blocks[:1]:
+                _load(skeleton, weights, index)  # before waiting for what arrives: all stages read at once
+            num_bytes = 0 if resident else (sequences.stop - sequences.start) * _sequence_bytes(boundary)
+            with memory.budget.take("host", num_bytes, "hidden states passing through"):
+                parts = _parts(sequences, batch)
+                hidden = [boundary.read(part, keep_on) for part in parts]
+                for index in blocks:
+                    _load(skeleton, weights, index)
+                    for i, hidden_BTD in enumerate(hidden):
+                        hidden[i] = stream.run_block(index, hidden_BTD.to(skeleton.device)).to(keep_on)
+                    if not resident:
+                        weights.drop(index)
+                for part, hidden_BTD in zip(parts, hidden, strict=True):
+                    require_finite(hidden_BTD, f"dense block {blocks[-1]}")
+                    outlet.send("dense", part, hidden_BTD)
         for index in blocks:
-            _load(skeleton, index)
-            for i, hidden_BTD in enumerate(hidden):
-                hidden[i] = stream.run_block(index, hidden_BTD.to(skeleton.device)).to(keep_on)
-            if not resident:
-                skeleton.release_block(index)
-        for part, hidden_BTD in zip(parts, hidden, strict=True):
-            require_finite(hidden_BTD, f"dense block {blocks[-1]}")
-            outlet.send("dense", part, hidden_BTD)
-    if resident:
-        for index in blocks:
-            skeleton.release_block(index)
+            weights.drop(index)
 
 
-def can_hold(skeleton: Skeleton, blocks: Sequence[int]) -> bool:
+def can_hold(skeleton: Skeleton, blocks: Sequence[int], budget: Budget) -> bool:
     """Tell whether the weights of these blocks take at most half of the memory that is free where they run.
 
-    On a CPU an eighth: other workers on this machine ask the same.
+    On a CPU an eighth: other workers on this machine ask the same. Of what a budget leaves, which is this worker's
+    own, half in either case.
     """
-    numel = sum(skeleton.block_numel(index) for index in blocks)
+    num_bytes = sum(skeleton.block_numel(index) for index in blocks) * skeleton.dtype.itemsize
     share = 8 if skeleton.device.type == "cpu" else 2
-    return share * numel * skeleton.dtype.itemsize <= free_bytes(skeleton.device)
+    left = budget.free("device")
+    return share * num_bytes <= free_bytes(skeleton.device) and (left is None or 2 * num_bytes <= left)
+
+
+def _round_size(boundary: Boundary, batch: int, budget: Budget) -> int:
+    """Return how many sequences go through all blocks before the next ones do: whole batches, a quarter of them all.
+
+    Fewer where they would take more than half of what the budget leaves.
+    """
+    num_batches = -(-boundary.num_sequences // (STREAMED_ROUNDS * batch))
+    left = budget.free("host")
+    if left is not None:
+        num_batches = min(num_batches, left // 2 // (batch * _sequence_bytes(boundary)))
+    return max(1, num_batches) * batch
+
+
+def _sequence_bytes(boundary: Boundary) -> int:
+    return prod(boundary.shape[1:]) * boundary.dtype.itemsize
 
 
 def _parts(sequences: slice, batch: int) -> list[slice]:
@@ -97,7 +124,7 @@ def _parts(sequences: slice, batch: int) -> list[slice]:
     ]
 
 
-def _load(skeleton: Skeleton, index: int) -> None:
+def _load(skeleton: Skeleton, weights: BlockWeights, index: int) -> None:
     """Read a block's weights, unless they are there."""
     if any(parameter.is_meta for parameter in skeleton.blocks[index].parameters()):
-        skeleton.load_block(index, skeleton.checkpoint)
+        weights.load(index)

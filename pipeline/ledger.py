@@ -284,7 +284,7 @@ def refuse_foreign(run_directory: Path) -> None:
 
 def _is_leftover(path: Path) -> bool:
     if path.is_dir():
-        return path.name in _LEFTOVER_DIRECTORIES and not any(path.iterdir())
+        return path.name in _LEFTOVER_DIRECTORIES and all(file.suffix == ".tmp" for file in path.iterdir())
     return path.suffix == ".tmp" or (path.name == LOCK_NAME and path.read_bytes()[:8] in (b"", b"process "))
 
 

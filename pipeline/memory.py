@@ -9,12 +9,14 @@ import torch
 
 from pipeline.activations import Store, in_memory
 from pipeline.budget import Budget, Place
+from pipeline.config import RunConfig
 from pipeline.memory_config import MemoryConfig
-from pipeline.meter import PeakMeter
+from pipeline.meter import PeakMeter, resident_bytes
 from pipeline.paging.engines import open_pager
 from pipeline.paging.pager import Pager
 from pipeline.paging.spool import Spool, existing
 from pipeline.planning.footprint import Fit
+from pipeline.planning.plan import fit_for
 from pipeline.skeleton import Skeleton
 from pipeline.weights import BlockWeights
 
@@ -75,6 +77,21 @@ class Memory:
 def unlimited() -> Memory:
     """Return memory without ceilings, on the host alone."""
     return Memory(budget=Budget(), store=in_memory())
+
+
+@contextmanager
+def fitted_memory(config: RunConfig, skeleton: Skeleton, num_sequences: int, spool_directory: Path) -> Iterator[Memory]:
+    """Open what the `memory` section asks for in one process of a cluster job, its ceilings being that process's own.
+
+    `num_sequences`: those it calibrates with. Raises BudgetExceeded where the ceilings are too low.
+    """
+    if config.memory == MemoryConfig():
+        yield unlimited()
+        return
+    baseline, device, batch = resident_bytes(), skeleton.device, config.compute.batch
+    fit = fit_for(config, skeleton, num_sequences, baseline)
+    with opened_memory(config.memory, fit, spool_directory, device, baseline=baseline, batch=batch) as memory:
+        yield memory
 
 
 @contextmanager

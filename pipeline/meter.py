@@ -43,6 +43,8 @@ class PeakMeter:
         self.device: dict[str, int] = {}
         """Bytes allocated on a CUDA device, by phase; empty elsewhere."""
 
+        self._begin_anew()
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Measure the block as one phase; phases do not nest."""
@@ -67,10 +69,14 @@ class PeakMeter:
     def _take(self, name: str) -> None:
         """Credit the marks since the last time to a phase, and begin anew."""
         self.host[name] = max(self.host.get(name, 0), peak_host_bytes())
+        if self._device.type == "cuda":
+            self.device[name] = max(self.device.get(name, 0), peak_device_bytes(self._device))
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
         if self._device.type == "cuda":
-            self.device[name] = max(self.device.get(name, 0), peak_device_bytes(self._device))
             torch.cuda.reset_peak_memory_stats(self._device)
 
 

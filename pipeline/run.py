@@ -3,16 +3,19 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline.config import RunConfig
-from pipeline.errors import BudgetExceeded
+from pipeline.errors import BudgetExceeded, StorageError
+from pipeline.evaluate import load_windows
 from pipeline.inputs import embed_tokens
 from pipeline.job import Job, Source, evaluate_job, finish, open_job, open_source, order_of
 from pipeline.ledger import Commit, RunLock, refuse_foreign
 from pipeline.memory import Memory, opened_memory
 from pipeline.meter import Stopwatch, human_seconds, resident_bytes
-from pipeline.paging.spool import spool_directory
+from pipeline.paging.spool import remove_leftovers, spool_directory
 from pipeline.peers import Alone
+from pipeline.planning.pace import Speeds
 from pipeline.planning.plan import Plan, make_plan, measure_speeds
 from pipeline.progress import Progress, StopAsked
 from pipeline.report import Report
@@ -29,7 +32,11 @@ def run(config: RunConfig, progress: Progress, stop_asked: StopAsked, *, probe: 
     ceilings are too low; every SecateurError leaves the run directory so that the run can be started again.
     """
     refuse_foreign(config.output)
-    with RunLock(config.output), open_source(config) as source, _planned_memory(source, probe) as (plan, memory):
+    with (
+        RunLock(config.output),
+        open_source(config) as source,
+        _planned_memory(source, progress, probe) as (plan, memory),
+    ):
         job = open_job(source, memory, progress, stop_asked, plan=plan)
         evaluate_job(job, "before")
         prune_blocks(job)
@@ -37,18 +44,37 @@ def run(config: RunConfig, progress: Progress, stop_asked: StopAsked, *, probe: 
 
 
 @contextmanager
-def _planned_memory(source: Source, probe: bool) -> Iterator[tuple[Plan, Memory]]:
+def _planned_memory(source: Source, progress: Progress, probe: bool) -> Iterator[tuple[Plan, Memory]]:
     """Plan a run, and open the memory it is to use."""
     config, directory = source.config, source.checkpoint.directory
-    speeds = measure_speeds(config, directory) if probe else None
+    spool = spool_directory(config.memory.spool, config.output)
+    remove_leftovers(spool)  # before the plan looks for room
+    speeds = _speeds(config, directory, progress) if probe else None
     baseline = resident_bytes()
-    plan = make_plan(config, directory, speeds, baseline)
+    plan = make_plan(counted(config, directory), directory, speeds, baseline)
     if plan.refused and config.memory.is_managed:
         raise BudgetExceeded("\n".join(plan.refused))
     device, batch = source.skeleton.device, config.compute.batch
-    spool = spool_directory(config.memory.spool, config.output)
     with opened_memory(config.memory, plan.fit, spool, device, baseline=baseline, batch=batch) as memory:
         yield plan, memory
+
+
+def _speeds(config: RunConfig, directory: Path, progress: Progress) -> Speeds | None:
+    """Measure this machine; where its disk refuses, a run may do without, and a plan without its duration."""
+    try:
+        return measure_speeds(config, directory)
+    except StorageError as error:
+        progress.say(f"not measured how fast this machine is, so the plan says no duration: {error.message}")
+        return None
+
+
+def counted(config: RunConfig, directory: Path) -> RunConfig:
+    """Count the windows of an evaluation that takes all there are: with ceilings, they are part of the plan."""
+    wanted = config.evaluate
+    if wanted is None or wanted.windows is not None or not config.memory.is_managed:
+        return config
+    windows = len(load_windows(wanted, directory))
+    return config.model_copy(update={"evaluate": wanted.model_copy(update={"windows": windows})})
 
 
 def prune_blocks(job: Job) -> None:

@@ -218,6 +218,7 @@ def write_shard(path: Path, tensors: Sequence[OutputTensor]) -> WrittenShard:
             for chunk in _exact_chunks(tensor):
                 digest.update(chunk)
                 write(chunk)
+                del chunk  # or the whole tensor would stay in memory while the next one is made
     return WrittenShard(file=path.name, sha256=digest.hexdigest(), num_bytes=num_bytes)
 
 

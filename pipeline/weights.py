@@ -109,10 +109,14 @@ class BlockWeights:
                 kept.give_back()
 
     def expect(self, index: int) -> None:
-        """Begin to read a block that will be loaded next. Raises BudgetExceeded where there is no room for it."""
+        """Begin to read a block that will be loaded next. Raises BudgetExceeded where there is no room for it.
+
+        For a device one block may be coming at a time: its bytes wait where those of the next one will be put.
+        """
         if self._pager is None:
             self._skeleton.checkpoint.will_need(self._skeleton.block_names(index).values())
         elif index not in self._coming:
+            assert self._is_cpu or not self._coming, f"block {index} would overwrite {list(self._coming)}"
             lease = self._lease_of_staging(index)
             self._coming[index] = (self._reader.submit(self._read, index, self._pager), lease)
 
@@ -157,16 +161,17 @@ class BlockWeights:
     def _lease_of_staging(self, index: int) -> Lease:
         """Take the host bytes of a block that is read: on a CPU in the dtype it runs in, else as it is stored.
 
-        For a device they are kept for the next block.
+        For a device they are those of the largest block, and kept for all of them.
         """
-        if self._staging_lease is not None:
-            return self._staging_lease
-        skeleton, what = self._skeleton, f"the weights of block {index}, read ahead"
-        dtype = skeleton.dtype if self._is_cpu else skeleton.checkpoint.matrix_dtype()
-        lease = self._budget.take("host", skeleton.block_numel(index) * dtype.itemsize, what)
-        if not self._is_cpu:
-            self._staging_lease = lease
-        return lease
+        skeleton = self._skeleton
+        if self._is_cpu:
+            num_bytes = skeleton.block_numel(index) * skeleton.dtype.itemsize
+            return self._budget.take("host", num_bytes, f"the weights of block {index}, read ahead")
+        if self._staging_lease is None:
+            largest = max(skeleton.block_numel(block) for block in range(skeleton.num_blocks))
+            num_bytes = largest * skeleton.checkpoint.matrix_dtype().itemsize
+            self._staging_lease = self._budget.take("host", num_bytes, "the weights of a block on their way")
+        return self._staging_lease
 
     def _read(self, index: int, pager: Pager) -> dict[str, torch.Tensor]:
         """Read all tensors of a block, by parameter name."""

@@ -158,7 +158,7 @@ class AioPager:
         """Write a page in `directory` and read it back; StorageError unless it comes back."""
         buffer, expected = self.buffer(ALIGNMENT), torch.frombuffer(bytearray(os.urandom(ALIGNMENT)), dtype=torch.uint8)
         try:
-            with tempfile.NamedTemporaryFile(dir=directory) as file:
+            with tempfile.NamedTemporaryFile(dir=directory, prefix=".aio-", suffix=".tmp") as file:
                 path = Path(file.name)
                 os.truncate(path, ALIGNMENT)
                 with no_word_of_wear():
@@ -194,8 +194,9 @@ class _Transfer:
                 complete()
             except SecateurError as error:
                 self._failure = error
-            if self._on_end is not None:
-                self._on_end(self)
+            finally:  # also after what nobody foresaw: who waits for a handle would wait for this one for ever
+                if self._on_end is not None:
+                    self._on_end(self)
 
     def wait(self) -> None:
         self.settle()

@@ -5,6 +5,7 @@ A run owns it as it owns its run directory, whose lock keeps every other run awa
 
 import hashlib
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,29 @@ def spool_directory(config_spool: Path | None, output: Path) -> Path:
     if config_spool is None:
         return output / "spool"
     return config_spool / f"secateur-{hashlib.sha256(os.fsencode(output.absolute())).hexdigest()[:12]}"
+
+
+def worker_spool(directory: Path, stage: int, replica: int) -> Path:
+    """Return where one worker of a cluster job spools: beside the directory of a run in one process."""
+    return directory.with_name(f"{directory.name}-{stage}-{replica}")
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what a crash has left of a run's spool, and of its workers'; the run directory's lock is held.
+
+    Raises StorageError where it cannot be removed.
+    """
+    beside = directory.parent.iterdir() if directory.parent.is_dir() else ()
+    workers = [path for path in beside if re.fullmatch(rf"{re.escape(directory.name)}-\d+-\d+", path.name)]
+    try:
+        for left in (directory, *workers):
+            if left.is_dir():
+                shutil.rmtree(left)
+    except OSError as error:
+        raise StorageError(
+            f"cannot remove the spool {error.filename}, which an earlier session has left: {error.strerror or error}; "
+            "remove it, then run again"
+        ) from error
 
 
 def existing(directory: Path) -> Path:

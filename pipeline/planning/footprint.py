@@ -81,16 +81,17 @@ def footprint(scale: Scale, choice: Choice, baseline: int) -> tuple[Phase, ...]:
 
     On a CPU the device's memory is the host's, and all of it is counted there.
     """
+    throughout = (*_reading(scale), *_hidden(scale, choice))
     phases = {
         "embed": (*_embed(scale), *_hidden(scale, choice)),
-        "read": (*_read(scale), *_ahead(scale, choice), *_hidden(scale, choice)),
-        "collect": (*_collect(scale), *_ahead(scale, choice), *_hidden(scale, choice)),
-        "prune": (*_prune(scale), *_ahead(scale, choice), *_hidden(scale, choice)),
-        "commit": (*_commit(scale), *_ahead(scale, choice), *_hidden(scale, choice)),
-        "propagate": (*_propagate(scale), *_ahead(scale, choice), *_hidden(scale, choice)),
+        "read": (_weights(scale), *_ahead(scale, choice), *throughout),
+        "collect": (*_collect(scale), *_ahead(scale, choice), *throughout),
+        "prune": (*_prune(scale), *_ahead(scale, choice), *throughout),
+        "commit": (*_commit(scale), *_ahead(scale, choice), *throughout),
+        "propagate": (*_propagate(scale), *_ahead(scale, choice), *throughout),
     }
     if choice.fused:
-        phases["fused"] = (*_fused(scale), *_hidden(scale, choice))
+        phases["fused"] = (*_fused(scale), *throughout)
         del phases["propagate"]
     if scale.windows is not None:
         phases["evaluate"] = _evaluate(scale, choice, *scale.windows)
@@ -160,12 +161,17 @@ def _boundaries(choice: Choice, count: int, num_sequences: int, sequence_bytes: 
         yield Held(place=place, what="hidden states", num_bytes=count * num_sequences * sequence_bytes)
 
 
+def _reading(scale: Scale) -> Iterator[Held]:
+    """What weights come through, kept from the first block to the last; for a device with a block as it is stored."""
+    yield _on_host("buffers for reading weights", READ_BUFFERS)
+    if not scale.unified:
+        yield _on_host("the block's weights as stored", scale.block_numel * scale.stored.itemsize)
+
+
 def _ahead(scale: Scale, choice: Choice) -> Iterator[Held]:
-    """The next block: on a CPU as it will run, else as it is stored, in host memory."""
-    if choice.ahead:
-        size = scale.block_bytes if scale.unified else scale.block_numel * scale.stored.itemsize
-        yield _on_host("the next block's weights", size)
-        yield _on_host("buffers for reading weights", READ_BUFFERS)
+    """On a CPU the next block, as it will run; for a device it is where every block comes through."""
+    if choice.ahead and scale.unified:
+        yield _on_host("the next block's weights", scale.block_bytes)
 
 
 def _embed(scale: Scale) -> Iterator[Held]:
@@ -173,15 +179,12 @@ def _embed(scale: Scale) -> Iterator[Held]:
     yield _on_device("activations of a batch", 3 * _batch_tokens(scale) * scale.work.hidden * scale.dtype.itemsize)
 
 
-def _read(scale: Scale) -> Iterator[Held]:
-    yield _on_device("weights", scale.block_bytes)
-    yield _on_host("buffers for reading weights", READ_BUFFERS)
-    if not scale.unified:
-        yield _on_host("the block's weights as stored", scale.block_numel * scale.stored.itemsize)
+def _weights(scale: Scale) -> Held:
+    return _on_device("weights", scale.block_bytes)
 
 
 def _collect(scale: Scale) -> Iterator[Held]:
-    yield _on_device("weights", scale.block_bytes)
+    yield _weights(scale)
     yield from _statistics(scale)
     yield _on_device("activations of a batch", _forward_bytes(scale, _batch_tokens(scale)))
 
@@ -197,7 +200,7 @@ def _statistics(scale: Scale) -> Iterator[Held]:
 
 def _prune(scale: Scale) -> Iterator[Held]:
     """At its largest step; what the steps before it have made is held beside its own results."""
-    yield _on_device("weights", scale.block_bytes)
+    yield _weights(scale)
     yield _on_device("statistics", statistics_bytes(scale.work, scale.recipe))
     steps = scale.recipe.steps
     working, name = max(
@@ -221,7 +224,7 @@ def _made(scale: Scale, num_steps: int) -> int:
 
 def _commit(scale: Scale) -> Iterator[Held]:
     """A matrix as stored is made where the block's own is in another dtype, or elsewhere."""
-    yield _on_device("weights", scale.block_bytes)
+    yield _weights(scale)
     yield _on_device("masks and new weights", _made(scale, len(scale.recipe.steps)))
     if scale.dtype != scale.stored or not scale.unified:
         largest = max(rows * columns for rows, columns in scale.shapes.values())
@@ -230,7 +233,7 @@ def _commit(scale: Scale) -> Iterator[Held]:
 
 
 def _propagate(scale: Scale) -> Iterator[Held]:
-    yield _on_device("weights", scale.block_bytes)
+    yield _weights(scale)
     yield _on_device("activations of a batch", _forward_bytes(scale, _batch_tokens(scale)))
 
 
@@ -238,7 +241,6 @@ def _fused(scale: Scale) -> Iterator[Held]:
     yield _on_device("weights of both blocks", 2 * scale.block_bytes)
     yield from _statistics(scale)
     yield _on_device("activations of a batch", _forward_bytes(scale, _batch_tokens(scale)))
-    yield _on_host("buffers for reading weights", READ_BUFFERS)
 
 
 def _evaluate(scale: Scale, choice: Choice, num_windows: int, length: int) -> tuple[Held, ...]:
@@ -249,9 +251,10 @@ def _evaluate(scale: Scale, choice: Choice, num_windows: int, length: int) -> tu
     boundary = tuple(_boundaries(choice, 1, num_windows, sequence_bytes, scale.work.batch))
     block = scale.block_bytes + _forward_bytes(scale, batch * length)
     head = scale.outside_numel * size + logits
-    if head > block + sum(held.num_bytes for held in _ahead(scale, choice)):
+    weights = (*_ahead(scale, choice), *_reading(scale))
+    if head > block + sum(held.num_bytes for held in weights):
         return _on_device("head and logits", head), *boundary
-    return _on_device("weights and activations", block), *_ahead(scale, choice), *boundary
+    return _on_device("weights and activations", block), *weights, *boundary
 
 
 def _batch_tokens(scale: Scale) -> int:

@@ -36,7 +36,7 @@ def disk_speed(directory: Path, pager: Pager, num_bytes: int) -> tuple[float, fl
     for buffer in buffers:
         buffer.copy_(torch.frombuffer(bytearray(os.urandom(piece_bytes)), dtype=torch.uint8))
     try:
-        with tempfile.NamedTemporaryFile(dir=directory, prefix="secateur-probe-") as file:
+        with tempfile.NamedTemporaryFile(dir=directory, prefix=".probe-", suffix=".tmp") as file:
             allocate(file.fileno(), num_bytes)
             moves = (pager.write, pager.read)
             seconds = [_seconds(move, Path(file.name), offsets, buffers) for move in moves]

@@ -10,6 +10,7 @@ import resource
 import signal
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from cluster import cli, console
 from pipeline.config import parse_config
 from pipeline.ledger import RunLock
+from pipeline.paging.pager import ALIGNMENT
 from pipeline.progress import Silent
 from pipeline.run import run
 
@@ -89,6 +91,29 @@ def prune_until_write(reports: Connection, settings: dict[str, Any], deadly: int
     for name in ("write", "fsync", "replace", "truncate"):
         setattr(os, name, mortal(getattr(os, name)))
     prune(reports, settings)
+
+
+def prune_until_spooled(reports: Connection, settings: dict[str, Any], deadly: int) -> None:
+    """Run a job whose hidden states are on disk, and die (SIGKILL) in the middle of the `deadly`-th write of them."""
+    original, survived = os.pwritev, 0
+
+    def pwritev(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        nonlocal survived
+        survived += 1
+        if survived == deadly:
+            original(fd, [buffers[0][: ALIGNMENT * (buffers[0].nbytes // ALIGNMENT // 2)]], offset)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(fd, buffers, offset)
+
+    os.pwritev = pwritev  # type: ignore[assignment]
+    prune(reports, settings)
+
+
+def prune_until_call(reports: Connection, settings: dict[str, Any], module: str, name: str) -> None:
+    """Run a job, and die (SIGKILL) where it calls a function of a module; the disk is measured if that is one."""
+    setattr(import_module(module), name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+    torch.set_num_threads(1)
+    run(parse_config(settings, "the test"), Silent(), lambda: False, probe="probes" in module)
 
 
 def prune_with_small_files(reports: Connection, settings: dict[str, Any], largest: int) -> None:

@@ -174,3 +174,11 @@ def test_who_waits_for_what_could_not_be_stored_is_told(tmp_path: Path) -> None:
             boundary.wait()
         boundary.close()
         assert place.files() == []
+
+
+def test_what_arrives_after_the_end_is_ignored_so_that_its_sender_does_not_fail_too(store: Store) -> None:
+    boundary = arriving(store)
+    boundary.put(slice(0, 2), HIDDEN_NTD[:2])
+    boundary.close()
+    boundary.put(slice(2, 4), HIDDEN_NTD[2:4])
+    assert not boundary.complete

@@ -10,11 +10,13 @@ import torch
 
 from pipeline import inputs
 from pipeline.activations import Boundary, StreamName, in_memory
+from pipeline.budget import Budget
 from pipeline.checkpoint import Checkpoint
+from pipeline.errors import NumericsError
 from pipeline.inputs import can_hold, embed_tokens, pass_dense_stream, run_dense_blocks
-from pipeline.memory import unlimited
+from pipeline.memory import Memory, unlimited
 from pipeline.skeleton import Skeleton
-from tests.stores import everything
+from tests.stores import disk, everything
 from tests.tiny import save_tiny, some_tokens
 
 CPU = torch.device("cpu")
@@ -54,7 +56,7 @@ def test_what_passes_through_is_what_running_the_blocks_makes(
     monkeypatch.setattr(inputs, "can_hold", lambda *_: holds_all)
     boundary = embed_tokens(skeleton, TOKENS_NT, BATCH, in_memory(), "pruned")
     before, kept = everything(boundary), Kept(in_memory().copy("kept", boundary))
-    pass_dense_stream(skeleton, boundary, range(1, 3), BATCH, kept)
+    pass_dense_stream(skeleton, boundary, range(1, 3), BATCH, kept, unlimited())
     assert torch.equal(everything(boundary), before), "the stage's own input stays"
     assert kept.order == [slice(0, 2), slice(2, 4), slice(4, 5)]
     run_dense_blocks(skeleton, boundary, range(1, 3), BATCH, unlimited())
@@ -71,7 +73,8 @@ def test_rounds_read_the_weights_anew_and_holding_them_reads_once(
     boundary = embed_tokens(skeleton, TOKENS_NT, 1, in_memory(), "pruned")
     for holds_all in (True, False):
         monkeypatch.setattr(inputs, "can_hold", lambda *_, answer=holds_all: answer)
-        pass_dense_stream(skeleton, boundary, range(2), 1, Kept(in_memory().copy("kept", boundary)))
+        kept = Kept(in_memory().copy("kept", boundary))
+        pass_dense_stream(skeleton, boundary, range(2), 1, kept, unlimited())
     assert loaded == [0, 1] + [0, 1] * 3  # five sequences make three rounds of two
 
 
@@ -81,8 +84,22 @@ def test_whether_weights_are_held_depends_on_the_memory_there_is(
     names = skeleton.block_names(0).values()
     needed = sum(skeleton.checkpoint.tensors[name].num_bytes for name in names)
     monkeypatch.setattr(inputs, "free_bytes", lambda device: 8 * needed)
-    assert can_hold(skeleton, range(1))
-    assert not can_hold(skeleton, range(2))
+    assert can_hold(skeleton, range(1), Budget())
+    assert not can_hold(skeleton, range(2), Budget())
+
+
+def test_a_ceiling_is_kept_while_the_dense_stream_passes(skeleton: Skeleton) -> None:
+    boundary = embed_tokens(skeleton, TOKENS_NT, 1, in_memory(), "pruned")
+    kept = Kept(in_memory().copy("kept", boundary))
+    block, sequence = 4 * skeleton.block_numel(0), everything(boundary)[0].nbytes
+    budget = Budget({"host": block + 2 * sequence}, unified=True)
+    assert not can_hold(skeleton, range(3), budget), "three blocks are more than the ceiling"
+    memory = Memory(budget=budget, store=in_memory())
+    pass_dense_stream(skeleton, boundary, range(3), 1, kept, memory)
+    run_dense_blocks(skeleton, boundary, range(3), 1, unlimited())
+    assert torch.equal(everything(kept.boundary), everything(boundary))
+    assert block < budget.peak("host") <= block + 2 * sequence
+    assert budget.held("host") == 0
 
 
 def test_what_will_be_needed_is_read_ahead_where_it_lies(skeleton: Skeleton, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,3 +113,14 @@ def test_what_will_be_needed_is_read_ahead_where_it_lies(skeleton: Skeleton, mon
     names = list(skeleton.block_names(1).values())
     skeleton.checkpoint.will_need(names)
     assert advised == [skeleton.checkpoint.read(name).numpy().tobytes() for name in names]
+
+
+def test_an_embedding_that_is_not_finite_leaves_nothing_in_the_spool(
+    skeleton: Skeleton, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.activations.all_finite", lambda hidden_BTD: False)
+    with disk(tmp_path, "threads") as place:
+        with pytest.raises(NumericsError, match="hidden states after the embedding hold NaN"):
+            embed_tokens(skeleton, TOKENS_NT, BATCH, place.store(BATCH), "pruned")
+        assert not place.files()
+        assert place.budget.held("host") == place.budget.held("spool") == 0

@@ -3,10 +3,12 @@
 import errno
 import hashlib
 import os
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -215,6 +217,19 @@ def test_each_tensor_is_made_when_its_turn_comes(tmp_path: Path) -> None:
 
     write_shard(tmp_path / "a", [replace(made(name), chunks=partial(chunks, name)) for name in "zab"])
     assert events == [f"{event} {name}" for name in "zab" for event in ("make", "done")]
+
+
+def test_each_tensor_is_gone_when_the_next_one_is_made(tmp_path: Path) -> None:
+    made_before: list[weakref.ref[Any]] = []
+
+    def chunks() -> Iterator[memoryview]:
+        assert all(before() is None for before in made_before)
+        kept = torch.zeros(2, dtype=torch.uint8).numpy()
+        made_before.append(weakref.ref(kept))
+        yield kept.data
+
+    write_shard(tmp_path / "a", [replace(made(name), chunks=chunks) for name in "zab"])
+    assert len(made_before) == 3
 
 
 @pytest.mark.parametrize(

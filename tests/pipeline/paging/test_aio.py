@@ -17,7 +17,7 @@ from pipeline.paging.pager import ALIGNMENT
 from tests.pipeline.paging.engines import content, fill, needs_aio, random_bytes
 
 pytestmark = needs_aio
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture

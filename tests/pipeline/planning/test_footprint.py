@@ -10,7 +10,7 @@ from pipeline.memory_config import Tier
 from pipeline.methods.besa import Besa
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.methods.wanda import Wanda
-from pipeline.planning.footprint import Choice, Phase, footprint
+from pipeline.planning.footprint import READ_BUFFERS, Choice, Phase, footprint
 from pipeline.planning.scale import Scale
 from tests.scales import LLAMA_70B, scale_70b
 
@@ -58,8 +58,7 @@ def test_the_spool_pads_sequences_and_moves_four_batches_of_each_boundary_at_onc
 def test_on_a_gpu_weights_are_on_the_device_and_come_through_host_memory_as_stored() -> None:
     phases = phases_of(replace(scale_70b(Wanda()), stored=torch.float32), ahead=1)
     assert held(phases["prune"], "weights") == ("device", BLOCK)
-    assert held(phases["read"], "the block's weights as stored") == ("host", 2 * BLOCK)
-    assert held(phases["prune"], "the next block's weights") == ("host", 2 * BLOCK)
+    assert held(phases["prune"], "the block's weights as stored") == ("host", 2 * BLOCK)
 
 
 def test_on_a_cpu_all_is_in_host_memory_and_the_next_block_is_read_as_it_will_run() -> None:
@@ -108,3 +107,13 @@ def test_an_evaluation_holds_a_block_and_its_windows_or_the_head_and_its_logits(
 def test_freed_memory_that_is_kept_stays_below_64_mebibytes(scale: Scale) -> None:
     for phase in phases_of(scale).values():
         assert held(phase, "freed memory that is kept") == ("host", 64 << 20)
+
+
+@pytest.mark.parametrize("unified", [True, False])
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_what_weights_come_through_is_held_from_the_first_block_to_the_last(unified: bool, ahead: int) -> None:
+    phases = phases_of(replace(scale_70b(Wanda()), unified=unified), ahead=ahead)
+    for name in ("read", "collect", "prune", "commit", "propagate"):
+        assert held(phases[name], "buffers for reading weights") == ("host", READ_BUFFERS)
+        if not unified:
+            assert held(phases[name], "the block's weights as stored") == ("host", BLOCK)
