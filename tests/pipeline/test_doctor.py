@@ -90,7 +90,7 @@ def test_aio_that_is_built_is_used_and_measured_beside_the_threads(tmp_path: Pat
 
 
 def test_aio_that_is_not_built_says_how_and_is_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("doctor", "pagers"):
+    for module in ("doctor", "paging.engines"):
         monkeypatch.setattr(f"pipeline.{module}.is_installed", lambda: True)
         monkeypatch.setattr(f"pipeline.{module}.is_built", lambda: False)
     findings = examined(tmp_path)
@@ -102,7 +102,7 @@ def test_aio_that_is_not_built_says_how_and_is_not_built(tmp_path: Path, monkeyp
 
 
 def test_without_deepspeed_all_is_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("doctor", "pagers"):
+    for module in ("doctor", "paging.engines"):
         monkeypatch.setattr(f"pipeline.{module}.is_installed", lambda: False)
     findings = examined(tmp_path)
     assert (findings["deepspeed aio"].value, findings["deepspeed aio"].ok) == ("not installed", None)

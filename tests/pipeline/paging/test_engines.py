@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ConfigError, StorageError
-from pipeline.paging import engines as pagers
+from pipeline.paging import engines
 from pipeline.paging.engines import Engine, open_pager, why_not_aio
 from tests.pipeline.paging.engines import needs_aio
 
@@ -34,9 +34,9 @@ def test_auto_is_threads_where_aio_does_not_work(
     def refused(directory: Path, *, pinned: bool) -> None:
         raise StorageError("no direct I/O there")
 
-    monkeypatch.setattr(pagers, "is_installed", lambda: installed)
-    monkeypatch.setattr(pagers, "is_built", lambda: built)
-    monkeypatch.setattr(pagers, "AioPager", refused)
+    monkeypatch.setattr(engines, "is_installed", lambda: installed)
+    monkeypatch.setattr(engines, "is_built", lambda: built)
+    monkeypatch.setattr(engines, "AioPager", refused)
     with closing(open_pager("auto", tmp_path)) as pager:
         assert pager.name == "threads"
     with pytest.raises(
