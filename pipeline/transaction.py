@@ -80,6 +80,9 @@ class Transaction:
         self._collected: Begun | None = None
         """The next block, where it was collected while this one was propagated."""
 
+        self._first_BTD: torch.Tensor | None = None
+        """The first sequence as it enters the block that was collected last: for the error that is recorded."""
+
     def __enter__(self) -> "Transaction":
         return self
 
@@ -200,6 +203,8 @@ class Transaction:
     @torch.no_grad()
     def _gather(self, begun: Begun, sequences: slice, hidden_BTD: torch.Tensor) -> None:
         """Run a dense block on one batch of the pruned stream: statistics, and targets where they are made of it."""
+        if sequences.start == 0:
+            self._first_BTD = hidden_BTD[:1].clone()
         num_targets = min(self._num_targets, sequences.stop) - sequences.start
         if num_targets <= 0 and not self._order.recipe.statistics:
             return
@@ -265,10 +270,10 @@ class Transaction:
     @torch.no_grad()
     def _error(self, index: int) -> float:
         """Return the relative error of the pruned block on the first sequence."""
-        first, device = slice(0, 1), self._skeleton.device
-        output = self._stream.run_block(index, self._streams.pruned.read(first, device))
+        assert self._first_BTD is not None, "a block is collected before it is pruned"
+        output = self._stream.run_block(index, self._first_BTD)
         require_finite(output, f"pruned block {index}")
-        return relative_error(output, self._targets.read(first, device)).item()
+        return relative_error(output, self._targets.read(slice(0, 1), self._skeleton.device)).item()
 
     @contextmanager
     def _phase(self, watch: Stopwatch, index: int, name: str) -> Iterator[None]:

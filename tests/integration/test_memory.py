@@ -137,16 +137,16 @@ ONCE_MORE = NUM_BLOCKS * (ALL * EPOCHS)
 """Sequences that the method reads, while it learns, of each boundary it compares."""
 
 TRAFFIC = [
-    # Each boundary is written once and read once; the first sequence, and its target, once more for the error.
-    (["wanda"], "disk", NUM_BLOCKS * (ALL + 2), NUM_BLOCKS * (ALL + 1)),
-    (["sparsegpt"], "disk", NUM_BLOCKS * (ALL + 2), NUM_BLOCKS * (ALL + 1)),
+    # Each boundary is written once and read once; the first target for the error.
+    (["wanda"], "disk", NUM_BLOCKS * (ALL + 1), NUM_BLOCKS * (ALL + 1)),
+    (["sparsegpt"], "disk", NUM_BLOCKS * (ALL + 1), NUM_BLOCKS * (ALL + 1)),
     # In memory, which costs nothing, blocks are not fused: all boundaries but the last are read twice.
-    (["wanda"], "host", (2 * NUM_BLOCKS - 1) * ALL + 2 * NUM_BLOCKS, NUM_BLOCKS * (ALL + 1)),
+    (["wanda"], "host", (2 * NUM_BLOCKS - 1) * ALL + NUM_BLOCKS, NUM_BLOCKS * (ALL + 1)),
     # All outputs of the dense block are kept as targets.
-    ([BESA], "disk", NUM_BLOCKS * (ALL + 2) + 2 * ONCE_MORE, 2 * NUM_BLOCKS * ALL),
-    ([BESA], "host", (2 * NUM_BLOCKS - 1) * ALL + 2 * NUM_BLOCKS + 2 * ONCE_MORE, 2 * NUM_BLOCKS * ALL),
+    ([BESA], "disk", NUM_BLOCKS * (ALL + 1) + 2 * ONCE_MORE, 2 * NUM_BLOCKS * ALL),
+    ([BESA], "host", (2 * NUM_BLOCKS - 1) * ALL + NUM_BLOCKS + 2 * ONCE_MORE, 2 * NUM_BLOCKS * ALL),
     # The dense stream is a copy of the embedded sequences, and advances over every block, the last one too.
-    ([DENSE], "disk", ALL + NUM_BLOCKS * (2 * ALL + 2) + 2 * ONCE_MORE, NUM_BLOCKS * ALL + (1 + NUM_BLOCKS) * ALL),
+    ([DENSE], "disk", ALL + NUM_BLOCKS * (2 * ALL + 1) + 2 * ONCE_MORE, NUM_BLOCKS * ALL + (1 + NUM_BLOCKS) * ALL),
 ]
 """Recipe, tier, sequences read and sequences written."""
 
