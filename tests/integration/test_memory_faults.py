@@ -40,7 +40,7 @@ def flip_byte(file: Path) -> None:
 def test_a_hidden_state_that_changes_on_the_disk_is_noticed(
     source: Path, undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
-    damaged = At(1, "commit", lambda: flip_byte(tmp_path / "spool" / "pruned"))
+    damaged = At(1, "prune", lambda: flip_byte(tmp_path / "spool" / "pruned"))
     with pytest.raises(StorageError, match=r"spool/pruned: sequence 0 .* came back with crc32 .*the disk is faulty"):
         carry_out(settings(source, tmp_path), damaged)
     assert num_committed(tmp_path) == 1
