@@ -204,6 +204,13 @@ TIERS = {
 }  # fmt: skip
 
 
+AHEAD = {
+    0: "each block's weights when they are needed",
+    1: "the next block's weights ahead",
+    2: "the weights of the next two blocks ahead",
+}
+
+
 def show_plan(console: Console, plan: Plan) -> None:
     """Print what each phase of a run needs, the totals, and what was chosen; then why it is refused, if it is."""
     choice = plan.choice
@@ -215,7 +222,7 @@ def show_plan(console: Console, plan: Plan) -> None:
             f"on {plan.device} in {plan.dtype}, {plan.forward_passes:.3g} forward passes of the calibration set",
         ),
         ("keeps", f"hidden states {TIERS[choice.tier]}{at_once}"),
-        ("reads", "the next block's weights ahead" if choice.ahead else "each block's weights when they are needed"),
+        ("reads", AHEAD[choice.ahead]),
         ("limits", ", ".join(f"{place} {human_bytes(size)}" for place, size in plan.limits.items())),
         ("output", human_bytes(plan.output_bytes)),
     ]

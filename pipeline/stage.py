@@ -43,7 +43,7 @@ def run_stage(
                 transaction.replay(block, committed[block], outlet if is_last else None)
             book.replayed(block)
             continue
-        following = None if is_last else block + 1
+        following = range(block + 1, blocks.stop)
         commit, watch = transaction.prune(block, following)
         book.commit(commit)
         if is_last and outlet is None:

@@ -103,17 +103,17 @@ class Transaction:
         if self._own_targets is not None:
             self._own_targets.close()
 
-    def prune(self, index: int, following: int | None = None) -> tuple[Commit | None, Stopwatch]:
+    def prune(self, index: int, following: Sequence[int] = ()) -> tuple[Commit | None, Stopwatch]:
         """Prune one block up to its written shard; once the commit is recorded, `propagate` or `drop` must follow.
 
-        The weights of the following block, if any, are read meanwhile, where they fit. The commit is None on replicas
-        that do not write.
+        The weights of the first of the stage's following blocks are read meanwhile, where they fit. The commit is None
+        on replicas that do not write.
         """
         collected, self._collected = self._collected, None
         begun = collected or self._begin(index)
         assert begun.index == index, f"block {begun.index} was collected, and {index} is to be pruned"
-        if self._memory.ahead and following is not None:
-            self._weights.expect(following)
+        if self._memory.ahead and following:
+            self._weights.expect(following[0])
         if collected is None:
             self._collect(begun)
         watch, linears, targets = begun.watch, begun.linears, self._targets
@@ -138,13 +138,16 @@ class Transaction:
         return commit, watch
 
     def propagate(
-        self, index: int, watch: Stopwatch, outlet: Outlet | None = None, following: int | None = None
+        self, index: int, watch: Stopwatch, outlet: Outlet | None = None, following: Sequence[int] = ()
     ) -> None:
         """Run the pruned block over all sequences, handing its outputs on as they appear, then drop it.
 
-        The following block of this stage is collected from them meanwhile, where both blocks fit.
+        The first of the stage's following blocks is collected from them meanwhile, where both blocks fit, and the
+        weights of the second are read, where three do.
         """
-        begun = self._begin(following) if following is not None and self._memory.fused else None
+        begun = self._begin(following[0]) if following and self._memory.fused else None
+        if begun is not None and self._memory.ahead > 1 and len(following) > 1:
+            self._weights.expect(following[1])
         self._progress.phase(index, "propagate")
         with self._memory.phase("propagate" if begun is None else "fused"):
             for sequences, hidden_BTD in self._streams.pruned.stream(self._order.batch, self._skeleton.device):

@@ -52,7 +52,8 @@ def choose(scale: Scale, room: Room, asked: Tier | Literal["auto"]) -> Choice | 
 def preferences(scale: Scale, room: Room, asked: Tier | Literal["auto"]) -> Iterator[Choice]:
     """Yield the choices worth trying, the fastest first; the last takes the least memory.
 
-    Fusing saves reading hidden states once, where that costs anything; reading ahead hides the reading of weights.
+    Fusing saves reading hidden states once, where that costs anything; reading ahead hides the reading of weights: a
+    second block ahead, that of the time when two are fused.
     Where both do not fit, the one that spares more bytes comes first.
     """
     for tier in _tiers(scale, room) if asked == "auto" else [asked]:
@@ -60,7 +61,8 @@ def preferences(scale: Scale, room: Room, asked: Tier | Literal["auto"]) -> Iter
         may_fuse = tier == "disk" or (tier != "device" and not scale.unified)
         may_read_ahead = room.managed or not scale.unified or tier == "disk"
         hidden = scale.block_numel * scale.stored.itemsize
-        options = [(may_fuse, int(may_read_ahead)), (may_fuse, 0), (False, int(may_read_ahead)), (False, 0)]
+        one, most = int(may_read_ahead), int(may_read_ahead) * (2 if may_fuse else 1)
+        options = [(may_fuse, most), (may_fuse, one), (may_fuse, 0), (False, one), (False, 0)]
         options.sort(key=lambda o: saved * o[0] + hidden * o[1], reverse=True)
         for fused, ahead in dict.fromkeys(options):
             yield Choice(tier=tier, fused=fused, ahead=ahead)

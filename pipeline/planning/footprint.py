@@ -52,7 +52,7 @@ class Choice:
     """Whether a block is propagated, and the next one collected, batch by batch at the same time."""
 
     ahead: int
-    """Blocks whose weights are read ahead: 0 or 1."""
+    """Blocks whose weights are read ahead: 0, 1 or, while blocks are fused, 2: then the disk never waits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +91,8 @@ def footprint(scale: Scale, choice: Choice, baseline: int) -> tuple[Phase, ...]:
         "propagate": (*_propagate(scale), *_ahead(scale, choice), *throughout),
     }
     if choice.fused:
-        phases["fused"] = (*_fused(scale), *throughout)
+        third = _ahead(scale, choice) if choice.ahead > 1 else ()
+        phases["fused"] = (*_fused(scale), *third, *throughout)
         del phases["propagate"]
     if scale.windows is not None:
         phases["evaluate"] = _evaluate(scale, choice, *scale.windows)

@@ -61,7 +61,7 @@ def test_plan_draws_a_table_of_phases_with_totals_and_what_was_chosen(call: Call
     for fact in (
         "llama, 3 blocks of 7,680 prunable weights",
         "hidden states on disk, each block propagated while the next one is collected",
-        "the next block's weights ahead",
+        "the weights of the next two blocks ahead",
         "forward passes of the calibration set",
         "most of it spent",
     ):

@@ -38,16 +38,16 @@ def test_without_ceilings_a_cpu_keeps_hidden_states_in_memory_as_simply_as_it_ca
 
 
 def test_without_ceilings_a_gpu_pins_fuses_and_reads_ahead() -> None:
-    assert choose(scale_70b(Wanda()), room(managed=False), "auto") == Choice(tier="pinned", fused=True, ahead=1)
+    assert choose(scale_70b(Wanda()), room(managed=False), "auto") == Choice(tier="pinned", fused=True, ahead=2)
 
 
 def test_page_locked_memory_takes_at_most_half_of_what_is_free() -> None:
     wide = room(managed=False)
     assert choose(scale_70b(Wanda()), replace(wide, free_host=2 * 2**32), "auto") == Choice(
-        tier="pinned", fused=True, ahead=1
+        tier="pinned", fused=True, ahead=2
     )
     narrow = choose(scale_70b(Wanda()), replace(wide, free_host=2 * 2**32 - 2), "auto")
-    assert narrow == Choice(tier="host", fused=True, ahead=1)
+    assert narrow == Choice(tier="host", fused=True, ahead=2)
 
 
 def test_hidden_states_go_to_disk_where_memory_does_not_hold_them() -> None:
@@ -62,10 +62,11 @@ def test_what_spares_more_bytes_is_preferred_where_not_both_fit() -> None:
     """128 x 2048 tokens are 4.3 GB of hidden states, 8 x 128 are 17 MB; a block is 1.7 GB either way."""
     long = list(preferences(scale_70b(Wanda(), unified=True), room(), "disk"))
     short = list(preferences(WANDA_ON_CPU, room(), "disk"))
+    all_three = Choice(tier="disk", fused=True, ahead=2)
     both, none = Choice(tier="disk", fused=True, ahead=1), Choice(tier="disk", fused=False, ahead=0)
     fused, ahead = Choice(tier="disk", fused=True, ahead=0), Choice(tier="disk", fused=False, ahead=1)
-    assert long == [both, fused, ahead, none]
-    assert short == [both, ahead, fused, none]
+    assert long == [all_three, both, fused, ahead, none]
+    assert short == [all_three, both, ahead, fused, none]
 
 
 @pytest.mark.parametrize("scale", [WANDA_ON_CPU, scale_70b(SparseGPT())])

@@ -67,11 +67,13 @@ def test_on_a_cpu_all_is_in_host_memory_and_the_next_block_is_read_as_it_will_ru
     assert held(phases["prune"], "the next block's weights") == ("host", BLOCK)
 
 
-def test_fusing_holds_two_blocks_and_no_third_one_is_read_ahead() -> None:
-    phases = phases_of(scale_70b(Wanda()), "disk", fused=True, ahead=1)
-    assert "propagate" not in phases
-    assert held(phases["fused"], "weights of both blocks") == ("device", 2 * BLOCK)
-    assert not [entry for entry in phases["fused"].held if entry.what == "the next block's weights"]
+def test_fusing_holds_two_blocks_and_a_third_where_it_is_read_meanwhile() -> None:
+    for ahead in (1, 2):
+        phases = phases_of(scale_70b(Wanda(), unified=True), "disk", fused=True, ahead=ahead)
+        assert "propagate" not in phases
+        assert held(phases["fused"], "weights of both blocks") == ("host", 2 * BLOCK)
+        third = [entry.num_bytes for entry in phases["fused"].held if entry.what == "the next block's weights"]
+        assert third == [BLOCK] * (ahead - 1)
 
 
 def test_gram_matrices_of_a_70b_block_take_four_gigabytes() -> None:

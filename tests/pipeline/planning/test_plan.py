@@ -58,7 +58,7 @@ def test_every_weight_is_written_once(model: Path) -> None:
 
 def test_a_run_on_disk_keeps_its_hidden_states_in_the_spool(model: Path) -> None:
     plan = planned(model, memory={"activations": "disk"})
-    assert plan.choice == Choice(tier="disk", fused=True, ahead=1)
+    assert plan.choice == Choice(tier="disk", fused=True, ahead=2)
     assert plan.spool_bytes == 6 * 4096  # 3072 bytes a sequence, padded
     assert plan.bytes_read > planned(model).bytes_read
 
