@@ -164,13 +164,17 @@ class Store:
         pager: Pager | None = None,
         *,
         batch: int = 1,
+        depth: int = 2,
     ) -> None:
-        """`device`: where blocks run; `spool` and `pager`: for the disk; `batch`: sequences moved to it at once."""
+        """`device`: where blocks run; `spool` and `pager`: for the disk.
+
+        `batch`: sequences moved to it at once; `depth`: batches of each boundary on their way to it, and from it.
+        """
         self._tier: Tier = tier
         self._device = device
         self._budget = budget
         self._spool, self._pager = spool, pager
-        self._batch = batch
+        self._batch, self._depth = batch, depth
 
     def boundary(self, name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> Boundary:
         """Make a boundary for hidden_NTD of a shape, to be closed by the caller; no two may have the same name.
@@ -203,6 +207,7 @@ class Store:
         return DiskRegion(
             name, shape, dtype,
             spool=self._spool, pager=self._pager, budget=self._budget, slot_sequences=self._batch,
+            depth=self._depth,
         )  # fmt: skip
 
 

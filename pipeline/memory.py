@@ -118,7 +118,7 @@ def opened_memory(
             pager = stack.enter_context(closing(open_pager(config.io, existing(spool_directory), pinned=pinned)))
         yield Memory(
             budget=budget,
-            store=Store(choice.tier, device, budget, spool, pager, batch=batch),
+            store=Store(choice.tier, device, budget, spool, pager, batch=batch, depth=choice.depth),
             pager=pager,
             fused=choice.fused,
             ahead=choice.ahead,

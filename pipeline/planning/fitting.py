@@ -16,6 +16,9 @@ from pipeline.planning.scale import Scale
 from pipeline.recipe import parse_recipe
 from pipeline.sparsity import Sparsity
 
+DEEP = 8
+"""Batches on their way where there is room: the disk goes on with hidden states while a block is pruned."""
+
 FRUGAL = ("wanda", "magnitude")
 """Recipes that need the least memory, offered where the asked one does not fit."""
 
@@ -45,8 +48,12 @@ class Room:
 
 
 def choose(scale: Scale, room: Room, asked: Tier | Literal["auto"]) -> Choice | None:
-    """Return the first choice that stays under every limit, or None."""
-    return next((choice for choice in preferences(scale, room, asked) if not exceeded(scale, choice, room)), None)
+    """Return the first choice that stays under every limit, or None; with deep queues to the spool where those fit."""
+    found = next((choice for choice in preferences(scale, room, asked) if not exceeded(scale, choice, room)), None)
+    if found is None or found.tier != "disk":
+        return found
+    deeper = replace(found, depth=DEEP)
+    return found if exceeded(scale, deeper, room) else deeper
 
 
 def preferences(scale: Scale, room: Room, asked: Tier | Literal["auto"]) -> Iterator[Choice]:

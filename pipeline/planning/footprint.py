@@ -28,9 +28,6 @@ from pipeline.statistics import SLAB_NUMEL, ColumnSquares, Gram
 PAGE = 4096
 """Hidden states of each sequence lie at a multiple of it in the spool."""
 
-SLOTS = 4
-"""Batches of each boundary on their way to or from the spool."""
-
 READ_BUFFERS = 32 << 20
 """Buffers that weights come through from the disk."""
 
@@ -53,6 +50,9 @@ class Choice:
 
     ahead: int
     """Blocks whose weights are read ahead: 0, 1 or, while blocks are fused, 2: then the disk never waits."""
+
+    depth: int = 2
+    """Batches of each boundary that may be on their way from the spool, and as many on their way to it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +156,7 @@ def _boundaries(choice: Choice, count: int, num_sequences: int, sequence_bytes: 
     if choice.tier == "disk":
         padded = -(-sequence_bytes // PAGE) * PAGE
         yield Held(place="spool", what="hidden states", num_bytes=count * num_sequences * padded)
-        yield _on_host("buffers of the spool", count * SLOTS * min(batch, num_sequences) * padded)
+        yield _on_host("buffers of the spool", count * 2 * choice.depth * min(batch, num_sequences) * padded)
     else:
         place: Place = "device" if choice.tier == "device" else "host"
         yield Held(place=place, what="hidden states", num_bytes=count * num_sequences * sequence_bytes)

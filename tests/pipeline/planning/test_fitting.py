@@ -9,7 +9,7 @@ from pipeline.budget import Place
 from pipeline.methods.besa import Besa
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.methods.wanda import Wanda
-from pipeline.planning.fitting import Limit, Room, choose, exceeded, preferences, refusal
+from pipeline.planning.fitting import DEEP, Limit, Room, choose, exceeded, preferences, refusal
 from pipeline.planning.footprint import Choice, footprint
 from pipeline.planning.scale import Scale
 from pipeline.sparsity import Unstructured
@@ -67,6 +67,14 @@ def test_what_spares_more_bytes_is_preferred_where_not_both_fit() -> None:
     fused, ahead = Choice(tier="disk", fused=True, ahead=0), Choice(tier="disk", fused=False, ahead=1)
     assert long == [all_three, both, fused, ahead, none]
     assert short == [all_three, both, ahead, fused, none]
+
+
+def test_queues_to_the_spool_are_deep_where_there_is_room() -> None:
+    wide = choose(WANDA_ON_CPU, room(), "disk")
+    assert wide == Choice(tier="disk", fused=True, ahead=2, depth=DEEP)
+    most = max(phase.bytes_in("host") for phase in footprint(WANDA_ON_CPU, wide, room().baseline))
+    assert choose(WANDA_ON_CPU, room(host=most), "disk") == wide
+    assert choose(WANDA_ON_CPU, room(host=most - 1), "disk") == replace(wide, depth=2)
 
 
 @pytest.mark.parametrize("scale", [WANDA_ON_CPU, scale_70b(SparseGPT())])

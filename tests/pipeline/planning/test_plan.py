@@ -10,6 +10,7 @@ import torch
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import RunConfig, parse_config
 from pipeline.errors import BudgetExceeded, ConfigError
+from pipeline.planning.fitting import DEEP
 from pipeline.planning.footprint import Choice
 from pipeline.planning.plan import Plan, existing, fit_for, make_plan, measure_speeds
 from pipeline.skeleton import Skeleton
@@ -58,7 +59,7 @@ def test_every_weight_is_written_once(model: Path) -> None:
 
 def test_a_run_on_disk_keeps_its_hidden_states_in_the_spool(model: Path) -> None:
     plan = planned(model, memory={"activations": "disk"})
-    assert plan.choice == Choice(tier="disk", fused=True, ahead=2)
+    assert plan.choice == Choice(tier="disk", fused=True, ahead=2, depth=DEEP)
     assert plan.spool_bytes == 6 * 4096  # 3072 bytes a sequence, padded
     assert plan.bytes_read > planned(model).bytes_read
 
@@ -93,7 +94,7 @@ def test_a_worker_chooses_for_its_own_part_of_the_sequences(model: Path) -> None
 
 def test_a_plan_is_plain_data_for_json(model: Path) -> None:
     plain = json.loads(json.dumps(planned(model).as_json()))
-    assert plain["choice"] == {"tier": "host", "fused": False, "ahead": 0}
+    assert plain["choice"] == {"tier": "host", "fused": False, "ahead": 0, "depth": 2}
     assert plain["phases"][3]["name"] == "prune"
     assert plain["phases"][3]["held"]["interpreter and libraries"] == 10**6
 
