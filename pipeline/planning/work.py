@@ -12,11 +12,12 @@ from dataclasses import dataclass, fields
 import torch
 from torch import nn
 
-from pipeline.linears import Linear, find_linears
+from pipeline.linears import Linear
 from pipeline.methods.besa import Besa
 from pipeline.methods.row_sparsity import NUM_CANDIDATES
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.methods.step import Step
+from pipeline.order import linears_to_prune
 from pipeline.recipe import Recipe
 from pipeline.statistics import Gram
 
@@ -222,14 +223,15 @@ def likely_groups(block: nn.Module, skip: Sequence[str], hidden: int) -> list[li
     """Return a block's linears by the input they seem to share; only running the block tells for sure.
 
     Within a module (attention, MLP) those of one width share an input, but for the one that leads back to the
-    hidden states, which comes last.
+    hidden states, which comes last. Raises ConfigError where nothing is left to prune.
     """
+    linears = linears_to_prune(block, tuple(skip))
     groups: dict[tuple[str, int, bool], list[Linear]] = {}
-    for linear in find_linears(block, skip):
+    for linear in linears:
         rows, columns = linear.weight(block).shape
         parent = linear.name.rpartition(".")[0]
         is_first = not any(other[0] == parent for other in groups)
-        leads_back = rows == hidden and not is_first and linear.name == _last_of(block, skip, parent)
+        leads_back = rows == hidden and not is_first and linear.name == _last_of(linears, parent)
         groups.setdefault((parent, columns, leads_back), []).append(linear)
     return list(groups.values())
 
@@ -244,8 +246,8 @@ def _shape(weight_OD: torch.Tensor) -> tuple[int, int]:
     return num_rows, num_columns
 
 
-def _last_of(block: nn.Module, skip: Sequence[str], parent: str) -> str:
-    return [n.name for n in find_linears(block, skip) if n.name.rpartition(".")[0] == parent][-1]
+def _last_of(linears: Sequence[Linear], parent: str) -> str:
+    return [n.name for n in linears if n.name.rpartition(".")[0] == parent][-1]
 
 
 def _selection(work: Workload, step: Step) -> Pruning:

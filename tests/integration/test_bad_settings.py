@@ -51,7 +51,7 @@ def test_every_problem_of_a_configuration_is_told_at_once_with_the_nearest_key(r
         "prune.sparsitty: unknown key; did you mean 'sparsity'?",
         "compute.batch: Input should be greater than or equal to 1 (got 0)",
         "evaluate.sequence_lenght: unknown key; did you mean 'sequence_length'?",
-        "fruit: unknown key; known keys: model, output, calibration, prune, compute, evaluate, cluster",
+        "fruit: unknown key; known keys: model, output, calibration, prune, compute, memory, evaluate, cluster",
     ):
         assert f"  {problem}" in lines
     assert lines[0].endswith(f" {len(lines) - 1} problems")
