@@ -1,5 +1,6 @@
 # make demo    a pruned real model in some minutes: venv, install, fetch, prune, evaluate, verify
 # make test    the whole suite, as CI runs it
+# make test-long    what takes minutes: the demo model under every memory setting, and while workers are killed
 # make check   format, lint, types
 # make bench   ratios of speed and memory; needs a quiet machine
 
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 MODEL := models/smollm2-135m
 RUN := runs/demo
 
-.PHONY: demo test check bench demo-model clean
+.PHONY: demo test test-long check bench demo-model clean
 
 demo: $(MODEL)/config.json
 	$(BIN)/secateur run configs/demo.yaml
@@ -16,6 +17,9 @@ demo: $(MODEL)/config.json
 
 test: $(BIN)/secateur
 	$(BIN)/python -m pytest
+
+test-long: $(MODEL)/config.json
+	$(BIN)/python -m pytest -m long
 
 check: $(BIN)/secateur
 	$(BIN)/ruff format --check .

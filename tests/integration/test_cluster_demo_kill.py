@@ -17,6 +17,7 @@ from tests.integration.test_demo import MODEL
 
 pytestmark = [
     pytest.mark.demo,
+    pytest.mark.long,
     pytest.mark.skipif(not (MODEL / "config.json").exists(), reason="no demo model here: make demo-model"),
     pytest.mark.usefixtures("warm_ray"),
 ]

@@ -23,6 +23,7 @@ Reference = Callable[[str], dict[str, Any]]
 
 pytestmark = [
     pytest.mark.demo,
+    pytest.mark.long,
     pytest.mark.skipif(not (MODEL / "config.json").exists(), reason="no demo model here: make demo-model"),
 ]
 
