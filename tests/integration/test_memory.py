@@ -180,7 +180,7 @@ def quick_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (
             {"host": "1MiB"},
-            [r"needs [\d.]+ MB \(host\), [\d.]+ MB above memory\.host: 1\.05 MB", r"memory\.host: \d+MiB"],
+            [r"needs [\d.]+ [MG]B \(host\), [\d.]+ [MG]B above memory\.host: 1\.05 MB", r"memory\.host: \d+MiB"],
         ),
         (
             {"activations": "disk", "spool_limit": "16KiB"},
