@@ -13,7 +13,7 @@ Beside each phase's own, hidden states are held throughout, and the next block's
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -62,6 +62,8 @@ class Held:
     place: Place
     what: str
     num_bytes: int
+    outlasts: bool = False
+    """Whether it is there before the phase, or taken from the budget by what makes it; else it ends with the phase."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,19 +98,9 @@ def footprint(scale: Scale, choice: Choice, baseline: int) -> tuple[Phase, ...]:
         del phases["propagate"]
     if scale.windows is not None:
         phases["evaluate"] = _evaluate(scale, choice, *scale.windows)
-    process = Held(place="host", what="interpreter and libraries", num_bytes=baseline)
-    kept = _on_host("freed memory that is kept", _kept_by_heaps(phases.values()))
+    process = _on_host("interpreter and libraries", baseline, outlasts=True)
+    kept = _on_host("freed memory that is kept", _kept_by_heaps(phases.values()), outlasts=True)
     return tuple(Phase(name=name, held=_merged(scale, (process, kept, *held))) for name, held in phases.items())
-
-
-LASTING = frozenset(
-    {
-        "interpreter and libraries", "freed memory that is kept", "tokens", "hidden states", "buffers of the spool",
-        "weights", "weights of both blocks", "the next block's weights", "the block's weights as stored",
-        "buffers for reading weights",
-    }
-)  # fmt: skip
-"""What is taken from the budget by what makes it, or is there before the run; all else lasts as long as its phase."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +115,7 @@ def working_sets(phases: Iterable[Phase]) -> dict[str, dict[Place, int]]:
     """Return what each phase holds for as long as it lasts, by its name and place."""
     places: tuple[Place, ...] = ("device", "host")
     return {
-        phase.name: {p: sum(h.num_bytes for h in phase.held if h.place == p and h.what not in LASTING) for p in places}
+        phase.name: {p: sum(h.num_bytes for h in phase.held if h.place == p and not h.outlasts) for p in places}
         for phase in phases
     }
 
@@ -132,47 +124,46 @@ def _merged(scale: Scale, held: tuple[Held, ...]) -> tuple[Held, ...]:
     """Count device memory as the host's where it is."""
     if not scale.unified:
         return held
-    return tuple(
-        Held(place="host" if h.place == "device" else h.place, what=h.what, num_bytes=h.num_bytes) for h in held
-    )
+    return tuple(replace(h, place="host") if h.place == "device" else h for h in held)
 
 
-def _on_device(what: str, num_bytes: int) -> Held:
-    return Held(place="device", what=what, num_bytes=num_bytes)
+def _on_device(what: str, num_bytes: int, *, outlasts: bool = False) -> Held:
+    return Held(place="device", what=what, num_bytes=num_bytes, outlasts=outlasts)
 
 
-def _on_host(what: str, num_bytes: int) -> Held:
-    return Held(place="host", what=what, num_bytes=num_bytes)
+def _on_host(what: str, num_bytes: int, *, outlasts: bool = False) -> Held:
+    return Held(place="host", what=what, num_bytes=num_bytes, outlasts=outlasts)
 
 
 def _hidden(scale: Scale, choice: Choice) -> Iterator[Held]:
     """Hidden states between blocks, of all sequences."""
     work, count = scale.work, scale.num_boundaries
-    yield _on_host("tokens", 8 * work.all_tokens)
+    yield _on_host("tokens", 8 * work.all_tokens, outlasts=True)
     yield from _boundaries(choice, count, work.num_sequences, work.boundary_bytes // work.num_sequences, work.batch)
 
 
 def _boundaries(choice: Choice, count: int, num_sequences: int, sequence_bytes: int, batch: int) -> Iterator[Held]:
     if choice.tier == "disk":
         padded = -(-sequence_bytes // PAGE) * PAGE
-        yield Held(place="spool", what="hidden states", num_bytes=count * num_sequences * padded)
-        yield _on_host("buffers of the spool", count * 2 * choice.depth * min(batch, num_sequences) * padded)
+        yield Held(place="spool", what="hidden states", num_bytes=count * num_sequences * padded, outlasts=True)
+        slots = count * 2 * choice.depth
+        yield _on_host("buffers of the spool", slots * min(batch, num_sequences) * padded, outlasts=True)
     else:
         place: Place = "device" if choice.tier == "device" else "host"
-        yield Held(place=place, what="hidden states", num_bytes=count * num_sequences * sequence_bytes)
+        yield Held(place=place, what="hidden states", num_bytes=count * num_sequences * sequence_bytes, outlasts=True)
 
 
 def _reading(scale: Scale) -> Iterator[Held]:
     """What weights come through, kept from the first block to the last; for a device with a block as it is stored."""
-    yield _on_host("buffers for reading weights", READ_BUFFERS)
+    yield _on_host("buffers for reading weights", READ_BUFFERS, outlasts=True)
     if not scale.unified:
-        yield _on_host("the block's weights as stored", scale.block_numel * scale.stored.itemsize)
+        yield _on_host("the block's weights as stored", scale.block_numel * scale.stored.itemsize, outlasts=True)
 
 
 def _ahead(scale: Scale, choice: Choice) -> Iterator[Held]:
     """On a CPU the next block, as it will run; for a device it is where every block comes through."""
     if choice.ahead and scale.unified:
-        yield _on_host("the next block's weights", scale.block_bytes)
+        yield _on_host("the next block's weights", scale.block_bytes, outlasts=True)
 
 
 def _embed(scale: Scale) -> Iterator[Held]:
@@ -181,7 +172,7 @@ def _embed(scale: Scale) -> Iterator[Held]:
 
 
 def _weights(scale: Scale) -> Held:
-    return _on_device("weights", scale.block_bytes)
+    return _on_device("weights", scale.block_bytes, outlasts=True)
 
 
 def _collect(scale: Scale) -> Iterator[Held]:
@@ -239,7 +230,7 @@ def _propagate(scale: Scale) -> Iterator[Held]:
 
 
 def _fused(scale: Scale) -> Iterator[Held]:
-    yield _on_device("weights of both blocks", 2 * scale.block_bytes)
+    yield _on_device("weights of both blocks", 2 * scale.block_bytes, outlasts=True)
     yield from _statistics(scale)
     yield _on_device("activations of a batch", _forward_bytes(scale, _batch_tokens(scale)))
 
