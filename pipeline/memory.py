@@ -121,7 +121,7 @@ def opened_memory(
             store=Store(choice.tier, device, budget, spool, pager, batch=batch, depth=choice.depth),
             pager=pager,
             fused=choice.fused,
-            ahead=choice.ahead,
+            ahead=choice.ahead if pager is not None else 1,  # then it is a hint to the kernel, and takes nothing here
             meter=PeakMeter(device),
             working_sets=fit.working_sets,
         )
