@@ -131,7 +131,8 @@ def open_job(
 def finish(job: Job) -> Report:
     """Make the model directory of a job whose blocks are all committed, evaluate it, and write the report."""
     remove_leftovers(job.model_directory)  # of workers that were killed while they wrote
-    assemble(job.skeleton, job.ledger, job.model_directory, provenance(job))
+    with job.memory.meter.phase("assemble"):
+        assemble(job.skeleton, job.ledger, job.model_directory, provenance(job))
     evaluate_job(job, "after")
     meter = job.memory.meter
     measured = Measured(
@@ -226,7 +227,8 @@ def evaluate_job(job: Job, when: str) -> None:
     with closing(Checkpoint.open(directory)) as checkpoint:
         skeleton = Skeleton(checkpoint, job.skeleton.device, job.skeleton.dtype)
         task, batch = f"evaluate {when}", job.config.compute.batch
-        perplexity = evaluate(skeleton, windows_WL, batch, job.progress, task, job.stop_if_asked, job.memory)
+        with job.memory.meter.phase("evaluate"):
+            perplexity = evaluate(skeleton, windows_WL, batch, job.progress, task, job.stop_if_asked, job.memory)
     empty_cache(job.skeleton.device)  # workers may be about to use it
     job.ledger.record(name, {"perplexity": perplexity, "on": text})
     job.progress.say(f"perplexity {when}: {perplexity:.2f}")

@@ -86,7 +86,7 @@ def prune_blocks(job: Job) -> None:
     order, memory, shelf = order_of(job.config), job.memory, ModelDirectory(job.model_directory)
     book = LedgerBook(job, num_committed=remaining.start)
     with ExitStack() as held:
-        with memory.meter.phase("embed"):
+        with memory.phase("embed"):
             tokens_NT = job.source.calibration.tokens_NT
             first = held.enter_context(embed_tokens(job.skeleton, tokens_NT, order.batch, memory.store, "pruned"))
         dense = held.enter_context(memory.store.copy("dense", first)) if order.recipe.needs_dense_stream else None
