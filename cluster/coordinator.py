@@ -15,9 +15,10 @@ from cluster.state import JobState, first_state, is_current, marked_done, releas
 from cluster.topology import Topology
 from cluster.trace import Span, Trace
 from pipeline.errors import RunStopped, StageFailed
-from pipeline.ledger import Commit, Ledger
+from pipeline.ledger import Ledger
 from pipeline.meter import human_seconds
 from pipeline.progress import Progress, StopAsked
+from pipeline.records import Commit
 
 POLL_SECONDS = 1.0
 """Longest wait for an event: pauses and patience end, and a stop is noticed, as late as this."""

@@ -81,7 +81,7 @@ def shape_of_job(
         num_sequences=work.num_sequences,
         batch=work.batch,
         boundary_bytes=work.boundary_bytes,
-        num_boundaries=2 if recipe.needs_targets else 1,
+        num_boundaries=recipe.num_boundaries,
         needs_dense_stream=recipe.needs_dense_stream,
         replicated=sum(_replicated_seconds(pruning, gpu) for pruning in prunings) / prune,
         gradient_bytes=max(pruning.gradient_bytes for pruning in prunings),

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from pipeline.ledger import Commit
+from pipeline.records import Commit
 
 Input = Literal["stream", "rebuild"]
 """Where a stage's hidden states come from: batch by batch from the stage before it, or made by itself, by embedding

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.depot import Finish, Read, Write, fetch_file, send_file
-from pipeline.ledger import Commit
+from pipeline.records import Commit
 
 PREFIX = "secateur-shards-"
 """Of the directories of workers that send their shards."""

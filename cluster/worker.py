@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from cluster.messages import Assignment, Committed, Entered, Event, Propagated, Received
-from pipeline.activations import ArrivingBoundary, Boundary, Outlet, StreamName
+from pipeline.activations import ArrivingBoundary, Boundary, Outlet
 from pipeline.checkpoint import Checkpoint
 from pipeline.cluster_config import Handoff
 from pipeline.config import parse_config
@@ -24,16 +24,17 @@ from pipeline.devices import choose_device, choose_dtype
 from pipeline.errors import CheckpointError, RunStopped
 from pipeline.inputs import embed_tokens, pass_dense_stream, run_dense_blocks
 from pipeline.job import model_directory_of, order_of
-from pipeline.ledger import Commit
 from pipeline.memory import Memory, fitted_memory
 from pipeline.meter import Stopwatch
 from pipeline.paging.spool import spool_directory, worker_spool
 from pipeline.peers import Peers
 from pipeline.progress import Silent
+from pipeline.records import Commit
 from pipeline.shelf import Shelf
 from pipeline.skeleton import Skeleton
 from pipeline.stage import run_stage
 from pipeline.stream import Stream
+from pipeline.stream_names import StreamName
 from pipeline.transaction import Streams, Transaction
 
 Report = Callable[[Event], None]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from threading import Condition
-from typing import Literal, Protocol, Self
+from typing import Protocol, Self
 
 import torch
 
@@ -14,8 +14,7 @@ from pipeline.paging.disk_region import DiskRegion
 from pipeline.paging.pager import Pager
 from pipeline.paging.region import MemoryRegion, Region
 from pipeline.paging.spool import Spool
-
-StreamName = Literal["pruned", "dense"]
+from pipeline.stream_names import StreamName
 
 
 class Boundary:

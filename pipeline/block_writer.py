@@ -3,15 +3,15 @@
 What runs on is what was written: a resumed run, which reads the shard back, sees the same bits.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from pipeline.ledger import LinearRecord
 from pipeline.linears import Linear
-from pipeline.methods.step import PrunedLinear
+from pipeline.methods.step import PrunedBlock, PrunedLinear
+from pipeline.records import LinearRecord
 from pipeline.shards import OutputTensor, WrittenShard, tensor_chunks, write_shard
 from pipeline.skeleton import Skeleton
 from pipeline.sparsity import row_slabs
@@ -23,7 +23,7 @@ Records = dict[str, LinearRecord]
 
 
 def write_block(
-    skeleton: Skeleton, index: int, linears: Sequence[Linear], pruned: Mapping[str, PrunedLinear], path: Path
+    skeleton: Skeleton, index: int, linears: Sequence[Linear], pruned: PrunedBlock, path: Path
 ) -> tuple[Records, WrittenShard]:
     """Write the block's shard, one tensor in memory at a time, and put what was written into the block."""
     checkpoint = skeleton.checkpoint
@@ -32,19 +32,36 @@ def write_block(
     outputs = []
     for own, stored in skeleton.block_names(index).items():
         linear, entry = by_parameter.get(own), checkpoint.tensors[stored]
-        if linear is None:
+        if own in pruned.others:
+            chunks = partial(_tuned_chunks, skeleton, index, own, pruned.others[own])
+        elif linear is None:
             chunks = partial(checkpoint.chunks, stored)
         else:
-            chunks = partial(_pruned_chunks, skeleton, index, stored, linear, pruned[linear.name], records)
+            chunks = partial(_pruned_chunks, skeleton, index, stored, linear, pruned.linears[linear.name], records)
         outputs.append(OutputTensor(name=stored, dtype=entry.dtype, shape=entry.shape, chunks=chunks))
     return records, write_shard(path, outputs)
 
 
-def round_block(skeleton: Skeleton, index: int, linears: Sequence[Linear], pruned: Mapping[str, PrunedLinear]) -> None:
+def round_block(skeleton: Skeleton, index: int, linears: Sequence[Linear], pruned: PrunedBlock) -> None:
     """Put into the block what another replica of this stage writes."""
+    for own, value in pruned.others.items():
+        _put_tuned(skeleton, index, own, value)
     names = skeleton.block_names(index)
     for linear in linears:
-        _put_pruned(skeleton, index, names[linear.parameter], linear, pruned[linear.name])
+        _put_pruned(skeleton, index, names[linear.parameter], linear, pruned.linears[linear.name])
+
+
+def _tuned_chunks(skeleton: Skeleton, index: int, own: str, value: torch.Tensor) -> Iterator[memoryview]:
+    """Yield the bytes of a tuned parameter that is no matrix, having put it into the block."""
+    yield from tensor_chunks(_put_tuned(skeleton, index, own, value))
+
+
+def _put_tuned(skeleton: Skeleton, index: int, own: str, value: torch.Tensor) -> torch.Tensor:
+    """Round a parameter to its stored dtype, put that into the block, and return it, on the CPU."""
+    dtype = skeleton.checkpoint.tensors[skeleton.block_names(index)[own]].dtype
+    tensor = value.detach().to("cpu", dtype).contiguous()
+    skeleton.blocks[index].get_parameter(own).data.copy_(tensor)
+    return tensor
 
 
 def _pruned_chunks(
@@ -59,6 +76,7 @@ def _pruned_chunks(
         numel=tensor.numel(),
         rewritten=pruned.weight_OD is not None,
         notes=pruned.notes,
+        sparsity=str(pruned.sparsity),
     )
     yield from tensor_chunks(tensor)
 

@@ -14,7 +14,7 @@ from pipeline.calibration import CalibrationConfig
 from pipeline.cluster_config import ClusterConfig
 from pipeline.errors import ConfigError
 from pipeline.memory_config import MemoryConfig
-from pipeline.recipe import Recipe, parse_recipe
+from pipeline.recipe import Recipe, WithinBlock, parse_recipe
 from pipeline.sources import SourceField
 from pipeline.sparsity import Sparsity, Unstructured, parse_sparsity
 
@@ -78,6 +78,10 @@ class PruneConfig(Section):
 
     recipe: tuple[str | dict[str, Any], ...] = ("besa",)
     """Steps in order: names, or `name: {options}`."""
+
+    within_block: WithinBlock = "joint"
+    """Statistics are of the dense block (`joint`); or (`sequential`) those of an input are gathered anew once the
+    linears before it are pruned, for some three more forward passes of parts of the block."""
 
     skip: tuple[str, ...] = ()
     """Linears left dense: names within the block, `*` allowed, such as `mlp.down_proj`."""

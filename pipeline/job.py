@@ -13,6 +13,7 @@ import torch
 import yaml
 from pydantic import JsonValue
 
+from pipeline.allocation import Allocation
 from pipeline.assemble import assemble
 from pipeline.calibration import CalibrationSet, load_calibration, require_positions
 from pipeline.checkpoint import Checkpoint
@@ -22,12 +23,13 @@ from pipeline.durable import remove_leftovers, write_atomically
 from pipeline.errors import RunStopped
 from pipeline.evaluate import evaluate, load_windows
 from pipeline.hub import fetch_model
-from pipeline.ledger import Header, Ledger
+from pipeline.ledger import Ledger
 from pipeline.memory import Memory
 from pipeline.order import Order
 from pipeline.planning.comparison import Measured, compare
 from pipeline.planning.plan import Plan
 from pipeline.progress import Progress, StopAsked
+from pipeline.records import Header
 from pipeline.report import REPORT, Report, build_report
 from pipeline.skeleton import Skeleton
 from pipeline.sources import describe
@@ -165,7 +167,10 @@ def model_directory_of(config: RunConfig) -> Path:
 def order_of(config: RunConfig) -> Order:
     """Return what a configuration asks of every block."""
     prune = config.prune
-    return Order(recipe=prune.steps, sparsity=prune.target, skip=prune.skip, batch=config.compute.batch)
+    return Order(
+        recipe=prune.steps, allocation=Allocation(target=prune.target), skip=prune.skip,
+        within_block=prune.within_block, batch=config.compute.batch,
+    )  # fmt: skip
 
 
 def header_of(source: Source, scheme: Scheme) -> Header:
@@ -174,6 +179,7 @@ def header_of(source: Source, scheme: Scheme) -> Header:
     prune: dict[str, JsonValue] = {
         "sparsity": str(target) if isinstance(target, SemiStructured) else target.ratio,
         "recipe": config.prune.steps.as_data(),
+        "within_block": config.prune.within_block,
         "skip": list(config.prune.skip),
     }
     compute: dict[str, JsonValue] = {

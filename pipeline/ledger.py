@@ -21,67 +21,19 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from dataclasses import asdict
+from pathlib import Path
 
 from pydantic import JsonValue, TypeAdapter
 
 from pipeline.durable import write_atomically
 from pipeline.errors import ConfigChanged, RunDirectoryError, RunLocked, StorageError
+from pipeline.records import Commit, Header, canonical
 
 LEDGER_NAME = "ledger.jsonl"
 LOCK_NAME = "lock"
 _LEFTOVER_DIRECTORIES = {"model", "spool", "report"}  # a run that died early may leave them, empty
 _ABSENT = "(absent)"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinearRecord:
-    """What was done to one linear; its counts are of weights."""
-
-    pruned: int  # that the keep mask drops
-    zeros: int  # as written: at least `pruned`, more where kept weights were zero already
-    numel: int
-    rewritten: bool  # kept weights were updated too, not only masked
-    notes: dict[str, float]  # what the method tells, e.g. the damping it needed
-
-    def __post_init__(self) -> None:
-        counts = f"{self.pruned} pruned, {self.zeros} zeros, {self.numel} weights"
-        assert 0 <= self.pruned <= self.zeros <= self.numel, f"impossible counts: {counts}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Commit:
-    """One block is done: its shard is on disk, whole and final."""
-
-    block: int
-    file: str  # the shard's path, relative, and inside the directory it is relative to
-    sha256: str  # of the shard's bytes, in hex
-    num_bytes: int
-    linears: dict[str, LinearRecord]
-    error: float  # relative squared error of the pruned block's output on the block's own input
-    seconds: dict[str, float]  # by phase
-
-    def __post_init__(self) -> None:
-        path = PurePosixPath(self.file)
-        safe = path.parts and not path.is_absolute() and ".." not in path.parts
-        assert safe, f"{self.file!r} is no path inside a directory"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Header:
-    """What determines the bytes a run writes, and the versions it ran on, which are never compared."""
-
-    config: dict[str, JsonValue]  # resolved, as plain nested data
-    source: str  # fingerprint of the source checkpoint
-    calibration: str  # sha256 of the calibration tokens
-    versions: dict[str, str]
-
-    @property
-    def digest(self) -> str:
-        """sha256 (hex) of config, source and calibration."""
-        identity = {"config": self.config, "source": self.source, "calibration": self.calibration}
-        return hashlib.sha256(_canonical(identity)).hexdigest()
 
 
 class Ledger:
@@ -138,7 +90,7 @@ class Ledger:
     def record(self, name: str, value: JsonValue) -> None:
         """Record durably any other fact; the latest of a name counts. Raises `StorageError`."""
         self._append({"kind": "note", "name": name, "value": value})
-        self.notes[name] = json.loads(_canonical(value))  # a copy: what a reopening would find
+        self.notes[name] = json.loads(canonical(value))  # a copy: what a reopening would find
 
     def remaining(self, num_blocks: int) -> range:
         """The blocks still to do, of `num_blocks`. Raises `RunDirectoryError` where commits have a gap."""
@@ -242,14 +194,9 @@ class RunLock:
         self._held.close()
 
 
-def _canonical(value: object) -> bytes:
-    """The one JSON spelling of plain data: sorted keys, no spaces, ASCII. `ValueError` at NaN and Inf."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
 def _encode(fields: dict[str, JsonValue]) -> bytes:
-    checksum = hashlib.sha256(_canonical(fields)).hexdigest()[:16]
-    return _canonical({**fields, "checksum": checksum}) + b"\n"
+    checksum = hashlib.sha256(canonical(fields)).hexdigest()[:16]
+    return canonical({**fields, "checksum": checksum}) + b"\n"
 
 
 def _decode(line: bytes) -> dict[str, JsonValue] | None:
@@ -268,8 +215,8 @@ def _differences(path: str, found: JsonValue, asked: JsonValue) -> Iterator[str]
         for key in sorted(found.keys() | asked.keys()):
             inner = f"{path}.{key}" if path else key
             yield from _differences(inner, found.get(key, _ABSENT), asked.get(key, _ABSENT))
-    elif _canonical(found) != _canonical(asked):
-        yield f"{path}: {_canonical(found).decode()} in the ledger, {_canonical(asked).decode()} asked for"
+    elif canonical(found) != canonical(asked):
+        yield f"{path}: {canonical(found).decode()} in the ledger, {canonical(asked).decode()} asked for"
 
 
 def refuse_foreign(run_directory: Path) -> None:

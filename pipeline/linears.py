@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import NumericsError
 from pipeline.peers import Peers
-from pipeline.statistics import Statistic
+from pipeline.statistics import Gathered, Statistic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,17 +69,13 @@ class Collector:
         self._linears = linears
         self._kinds = kinds
         self._leader: dict[str, str] = {}
-        self._statistics: dict[str, dict[type[Statistic], Statistic]] = {}
+        self._statistics: dict[str, Gathered] = {}
         self._last: tuple[str, torch.Tensor] | None = None
         self._abandon_after: str | None = None
 
-    def statistic(self, name: str, kind: type[Statistic]) -> Statistic:
-        """Return what was gathered of a linear's inputs."""
-        return self._statistics[self._leader[name]][kind]
-
-    def forget(self, name: str, kind: type[Statistic]) -> None:
-        """Drop what was gathered of a linear's inputs, and with it of all that share them."""
-        del self._statistics[self._leader[name]][kind]
+    def gathered(self, name: str) -> Gathered:
+        """Return what was gathered of a linear's inputs; all that share them have the same."""
+        return self._statistics[self._leader[name]] if self._statistics else Gathered()
 
     def groups(self) -> list[list[Linear]]:
         """Return the linears grouped by the input they share, in the order they ran."""
@@ -113,12 +109,12 @@ class Collector:
     def sum_over(self, peers: Peers) -> None:
         """Make every statistic that of all replicas' tokens; `num_tokens` stays this replica's."""
         for statistics in self._statistics.values():
-            peers.sum([tensor for statistic in statistics.values() for tensor in statistic.sums()])
+            peers.sum([tensor for statistic in statistics for tensor in statistic.sums()])
 
     def check_finite(self) -> None:
         """Raise NumericsError naming the linear whose inputs were not finite."""
         for name, statistics in self._statistics.items():
-            if not all(statistic.is_finite() for statistic in statistics.values()):
+            if not all(statistic.is_finite() for statistic in statistics):
                 raise NumericsError(
                     f"hidden states at the input of {name} hold NaN or Inf; nothing of it was "
                     "written. Compute in float32 (`compute.dtype: float32`), or check the source model"
@@ -140,6 +136,6 @@ class Collector:
 
     def _update(self, name: str, x_TD: torch.Tensor) -> None:
         if name not in self._statistics:
-            self._statistics[name] = {kind: kind.empty(x_TD.shape[1], x_TD.device) for kind in self._kinds}
-        for statistic in self._statistics[name].values():
+            self._statistics[name] = Gathered(kind.empty(x_TD.shape[1], x_TD.device) for kind in self._kinds)
+        for statistic in self._statistics[name]:
             statistic.update(x_TD)

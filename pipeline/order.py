@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from pipeline.allocation import Allocation
 from pipeline.errors import ConfigError
 from pipeline.linears import Linear, find_linears
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, WithinBlock
 from pipeline.sparsity import SemiStructured, Sparsity, divides
 
 
@@ -16,8 +17,9 @@ class Order:
     """What is asked of every block."""
 
     recipe: Recipe
-    sparsity: Sparsity
+    allocation: Allocation
     skip: tuple[str, ...] = ()
+    within_block: WithinBlock = "joint"
     batch: int = 4
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import JsonValue, ValidationError
 
@@ -11,6 +11,9 @@ from pipeline.methods import METHODS
 from pipeline.methods.step import BlockStep, Step
 from pipeline.sparsity import SemiStructured, Sparsity
 from pipeline.statistics import Statistic
+
+WithinBlock = Literal["joint", "sequential"]
+"""Whether the inputs of linears are those of the dense block, or of what is pruned of it before them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,18 +25,27 @@ class Recipe:
     @property
     def statistics(self) -> tuple[type[Statistic], ...]:
         """Distinct statistics that must be collected of every linear's inputs."""
-        wanted = (step.statistic for step in self.steps)
-        return tuple(dict.fromkeys(s for s in wanted if s is not None))
+        return tuple(dict.fromkeys(kind for step in self.steps for kind in step.statistics))
+
+    @property
+    def block_steps(self) -> tuple[BlockStep, ...]:
+        """The steps that see the whole block."""
+        return tuple(step for step in self.steps if isinstance(step, BlockStep))
 
     @property
     def needs_targets(self) -> bool:
-        """Whether a block step compares with the dense block's outputs."""
-        return any(isinstance(step, BlockStep) for step in self.steps)
+        """Whether a block step compares with what the dense block makes of the pruned stream."""
+        return any(step.target == "pruned" for step in self.block_steps)
 
     @property
     def needs_dense_stream(self) -> bool:
-        """Whether the outputs to compare with are made on the dense stream."""
-        return any(isinstance(step, BlockStep) and step.needs_dense_stream for step in self.steps)
+        """Whether a block step compares with what the dense block makes of the dense stream."""
+        return any(step.target == "dense" for step in self.block_steps)
+
+    @property
+    def num_boundaries(self) -> int:
+        """How many boundaries are held: the pruned stream, and where asked targets and the dense stream."""
+        return 1 + self.needs_targets + self.needs_dense_stream
 
     def as_data(self) -> list[JsonValue]:
         """Return every step with all its options, defaults filled in, as plain data."""
@@ -78,6 +90,8 @@ def _disagreements(steps: Sequence[Step], sparsity: Sparsity) -> list[str]:
         problems.append("a recipe needs at least one step")
     for position, step in enumerate(steps):
         name = _name(step)
+        if position == 0 and step.needs_mask:
+            problems.append(f"[{position}] {name} refines a mask; put a step that chooses one before it, such as wanda")
         if position > 0 and not step.accepts_mask:
             problems.append(
                 f"[{position}] {name} chooses a mask of its own, but {_name(steps[0])} has chosen one before "

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.ledger import Ledger, LinearRecord
+from pipeline.ledger import Ledger
 from pipeline.memory import Traffic
 from pipeline.meter import PeakMeter
+from pipeline.records import LinearRecord
 
 REPORT = "report.json"
 

@@ -10,7 +10,7 @@ from pipeline.errors import BudgetExceeded, StorageError
 from pipeline.evaluate import load_windows
 from pipeline.inputs import embed_tokens
 from pipeline.job import Job, Source, evaluate_job, finish, open_job, open_source, order_of
-from pipeline.ledger import Commit, RunLock, refuse_foreign
+from pipeline.ledger import RunLock, refuse_foreign
 from pipeline.memory import Memory, opened_memory
 from pipeline.meter import Stopwatch, human_seconds, resident_bytes
 from pipeline.paging.spool import remove_leftovers, spool_directory
@@ -18,6 +18,7 @@ from pipeline.peers import Alone
 from pipeline.planning.pace import Speeds
 from pipeline.planning.plan import Plan, make_plan, measure_speeds
 from pipeline.progress import Progress, StopAsked
+from pipeline.records import Commit
 from pipeline.report import Report
 from pipeline.shelf import ModelDirectory
 from pipeline.stage import run_stage

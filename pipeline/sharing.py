@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from pipeline.methods.step import PrunedLinear, Solver
+from pipeline.methods.step import LinearView, PrunedLinear, Solver
 from pipeline.peers import Peers
-from pipeline.sparsity import Sparsity
+from pipeline.sparsity import parse_sparsity
 
 
 def share_out(costs: Sequence[float], num_owners: int) -> list[int]:
@@ -24,19 +24,18 @@ def share_out(costs: Sequence[float], num_owners: int) -> list[int]:
     return owners
 
 
-def solve_rows(
-    solve: Solver, weight_OD: torch.Tensor, keep_OD: torch.Tensor | None, sparsity: Sparsity, peers: Peers
-) -> PrunedLinear:
+def solve_rows(solve: Solver, view: LinearView, peers: Peers) -> PrunedLinear:
     """Prune one linear whose rows are alone: each replica does a slab of them, and gets the others'."""
     if peers.size == 1:
-        return solve(weight_OD, keep_OD, sparsity)
-    bounds = [len(weight_OD) * rank // peers.size for rank in range(peers.size + 1)]
+        return solve(view)
+    dense_OD = view.dense_OD
+    bounds = [len(dense_OD) * rank // peers.size for rank in range(peers.size + 1)]
     slabs = [slice(start, stop) for start, stop in pairwise(bounds)]
-    chosen_OD = torch.empty(weight_OD.shape, dtype=torch.bool, device=weight_OD.device)
+    chosen_OD = torch.empty(dense_OD.shape, dtype=torch.bool, device=dense_OD.device)
     own = slabs[peers.rank]
     result = PrunedLinear(keep_OD=chosen_OD)
     if own.stop > own.start:
-        result = solve(weight_OD[own], None if keep_OD is None else keep_OD[own], sparsity)
+        result = solve(view.rows(own))
         assert result.weight_OD is None, "only masks are shared by rows"
         chosen_OD[own] = result.keep_OD
     for owner, slab in enumerate(slabs):
@@ -50,16 +49,23 @@ def spread(result: PrunedLinear | None, weight_OD: torch.Tensor, peers: Peers, o
     if peers.size == 1:
         assert result is not None
         return result
-    facts = None if result is None else {"rewritten": result.weight_OD is not None, "notes": result.notes}
+    facts = None if result is None else _facts(result)
     known = _broadcast_facts(facts, owner, peers, weight_OD.device)
     if result is None:
         new_OD = torch.empty_like(weight_OD, memory_format=torch.contiguous_format) if known["rewritten"] else None
         chosen_OD = torch.empty(weight_OD.shape, dtype=torch.bool, device=weight_OD.device)
-        result = PrunedLinear(keep_OD=chosen_OD, weight_OD=new_OD, notes=known["notes"])
+        own = None if known["sparsity"] is None else parse_sparsity(known["sparsity"])
+        result = PrunedLinear(keep_OD=chosen_OD, weight_OD=new_OD, notes=known["notes"], sparsity=own)
     peers.broadcast(result.keep_OD, owner)
     if result.weight_OD is not None:
         peers.broadcast(result.weight_OD, owner)
     return result
+
+
+def _facts(result: PrunedLinear) -> dict[str, Any]:
+    """What of a result is not in its tensors."""
+    own = None if result.sparsity is None else str(result.sparsity)
+    return {"rewritten": result.weight_OD is not None, "notes": result.notes, "sparsity": own}
 
 
 def _broadcast_facts(facts: dict[str, Any] | None, owner: int, peers: Peers, device: torch.device) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pipeline.errors import RunDirectoryError
-from pipeline.ledger import Commit
+from pipeline.records import Commit
 from pipeline.shards import hash_file
 
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from pipeline.activations import Outlet
-from pipeline.ledger import Commit
 from pipeline.meter import Stopwatch
+from pipeline.records import Commit
 from pipeline.transaction import Transaction
 
 

@@ -4,7 +4,8 @@ Each statistic is `empty`, then `update`d with inputs x_TD (T tokens, D input fe
 different tokens `merge` into the statistic of all tokens: merge of parts equals the whole.
 """
 
-from typing import Protocol, Self
+from collections.abc import Iterable, Iterator
+from typing import Protocol, Self, TypeVar
 
 import torch
 
@@ -38,6 +39,37 @@ class Statistic(Protocol):
 
     def is_finite(self) -> bool:
         """Tell whether every number in it is finite."""
+
+
+AnyStatistic = TypeVar("AnyStatistic", bound=Statistic)
+
+
+class Gathered:
+    """The statistics of one input, by kind; several linears may share it."""
+
+    def __init__(self, statistics: Iterable[Statistic] = ()) -> None:
+        self._by_kind: dict[type[Statistic], Statistic] = {type(statistic): statistic for statistic in statistics}
+
+    def __iter__(self) -> Iterator[Statistic]:
+        return iter(self._by_kind.values())
+
+    def of(self, kind: type[AnyStatistic]) -> AnyStatistic:
+        """Return the statistic of that kind, which has been gathered."""
+        statistic = self._by_kind[kind]
+        assert isinstance(statistic, kind)
+        return statistic
+
+    def holding(self, kinds: Iterable[type[Statistic]]) -> "Gathered":
+        """Return only these kinds, so that what is dropped here lives no longer than who uses them."""
+        return Gathered(self._by_kind[kind] for kind in kinds)
+
+    def take(self, other: "Gathered") -> None:
+        """Add the statistics that another one holds."""
+        self._by_kind.update(other._by_kind)
+
+    def drop(self, kind: type[Statistic]) -> None:
+        """Let go of a statistic."""
+        del self._by_kind[kind]
 
 
 class ColumnSquares:

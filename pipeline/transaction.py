@@ -21,20 +21,22 @@ from torch import nn
 from pipeline.activations import Boundary, Outlet, in_memory, require_finite
 from pipeline.block_writer import round_block, write_block
 from pipeline.errors import NumericsError
-from pipeline.ledger import Commit
 from pipeline.linears import Collector, Linear
 from pipeline.memory import Memory
 from pipeline.meter import Stopwatch
 from pipeline.order import Order, check_divides, linears_to_prune
 from pipeline.peers import Peers
 from pipeline.progress import Progress
+from pipeline.prune_block import apply_recipe
+from pipeline.records import Commit
 from pipeline.shard_names import block_shard
 from pipeline.shards import ShardReader
 from pipeline.shelf import Shelf
 from pipeline.skeleton import Skeleton
 from pipeline.statistics import relative_error
 from pipeline.stream import Stream
-from pipeline.workbench import Workbench, apply_recipe
+from pipeline.stream_names import StreamName
+from pipeline.workbench import Workbench
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,14 +118,14 @@ class Transaction:
             self._weights.expect(following[0])
         if collected is None:
             self._collect(begun)
-        watch, linears, targets = begun.watch, begun.linears, self._targets
+        watch, linears, sparsity = begun.watch, begun.linears, self._order.allocation.of(index)
         with self._phase(watch, index, "prune"), _naming(index):
             begun.collector.sum_over(self._peers)
             begun.collector.check_finite()
-            bench = Workbench(
-                self._stream, begun.block, index, linears, begun.collector, self._streams.pruned, targets, self._peers
-            )
-            pruned = apply_recipe(self._order.recipe, self._order.sparsity, bench, self._progress.figures)
+            pruned = apply_recipe(
+                self._order.recipe, sparsity, self._bench(begun), self._progress.figures,
+                self._order.within_block, self._order.batch,
+            )  # fmt: skip
         with self._phase(watch, index, "commit"):
             if self._peers.rank > 0:
                 round_block(self._skeleton, index, linears, pruned)
@@ -133,7 +135,7 @@ class Transaction:
             error = self._error(index)
         commit = Commit(
             block=index, file=shard.file, sha256=shard.sha256, num_bytes=shard.num_bytes,
-            linears=records, error=error, seconds=dict(watch.seconds),
+            linears=records, error=error, seconds=dict(watch.seconds), tuned=sorted(pruned.others),
         )  # fmt: skip
         return commit, watch
 
@@ -187,9 +189,18 @@ class Transaction:
         with self._phase(watch, index, "read"):
             block = self._weights.load(index)
             linears = linears_to_prune(block, self._order.skip)
-            check_divides(linears, block, self._order.sparsity)
+            check_divides(linears, block, self._order.allocation.of(index))
         collector = Collector(linears, self._order.recipe.statistics)
         return Begun(index=index, block=block, linears=linears, collector=collector, watch=watch)
+
+    def _bench(self, begun: Begun) -> Workbench:
+        """Lay out a block that has been collected, with the outputs that it is to reproduce."""
+        named: dict[StreamName, Boundary | None] = {"pruned": self._own_targets, "dense": self._streams.dense}
+        targets = {name: boundary for name, boundary in named.items() if boundary is not None}
+        return Workbench(
+            self._stream, begun.block, begun.index, begun.linears, begun.collector, self._streams.pruned, targets,
+            self._peers,
+        )  # fmt: skip
 
     def _collect(self, begun: Begun) -> None:
         """Gather statistics of a block from the boundary that has been reached."""
@@ -215,9 +226,9 @@ class Transaction:
             hidden_BTD = hidden_BTD[:num_targets]
         with begun.collector.watching(begun.block, to_the_end=num_targets > 0):
             output = self._stream.run_block(begun.index, hidden_BTD)
-            if num_targets > 0:
+            if self._own_targets is not None and num_targets > 0:
                 wanted = slice(sequences.start, sequences.start + num_targets)
-                self._targets.write(wanted, output[:num_targets], f"dense block {begun.index}")
+                self._own_targets.write(wanted, output[:num_targets], f"dense block {begun.index}")
 
     @torch.no_grad()
     def _advance(
@@ -244,25 +255,16 @@ class Transaction:
                 dense.write(sequences, self._stream.run_block(index, hidden_BTD), f"dense block {index}")
 
     @property
-    def _targets(self) -> Boundary:
-        """What the pruned block is to reproduce: the dense stream where the recipe asks for it, once advanced.
-
-        Else the dense block's outputs on the pruned stream: of all sequences where a block step compares with them,
-        or of the first, on which the recorded error is measured.
-        """
-        return self._own_targets or self._dense
-
-    @property
     def _num_targets(self) -> int:
         return 0 if self._own_targets is None else self._own_targets.num_sequences
 
-    @property
-    def _dense(self) -> Boundary:
-        assert self._streams.dense is not None
-        return self._streams.dense
-
     def _make_targets(self) -> Boundary | None:
-        if self._streams.dense is not None:
+        """Make room for the dense block's outputs on the pruned stream.
+
+        Of all sequences where a block step compares with them; else of the first, on which the recorded error is
+        measured, unless the dense stream, once advanced, can serve for that.
+        """
+        if self._streams.dense is not None and not self._order.recipe.needs_targets:
             return None
         num_sequences, *rest = self._streams.pruned.shape
         dtype = self._streams.pruned.dtype
@@ -276,7 +278,9 @@ class Transaction:
         assert self._first_BTD is not None, "a block is collected before it is pruned"
         output = self._stream.run_block(index, self._first_BTD)
         require_finite(output, f"pruned block {index}")
-        return relative_error(output, self._targets.read(slice(0, 1), self._skeleton.device)).item()
+        targets = self._own_targets or self._streams.dense
+        assert targets is not None, "there is one of them"
+        return relative_error(output, targets.read(slice(0, 1), self._skeleton.device)).item()
 
     @contextmanager
     def _phase(self, watch: Stopwatch, index: int, name: str) -> Iterator[None]:

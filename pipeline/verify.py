@@ -15,13 +15,14 @@ import torch
 from pipeline.assemble import OUTSIDE
 from pipeline.checkpoint import INDEX_NAME, Checkpoint
 from pipeline.errors import VerificationError
-from pipeline.ledger import Commit, Ledger, LinearRecord
+from pipeline.ledger import Ledger
 from pipeline.linears import find_linears
 from pipeline.numerics import all_finite
 from pipeline.progress import Progress
+from pipeline.records import Commit, LinearRecord
 from pipeline.shards import hash_file
 from pipeline.skeleton import Skeleton
-from pipeline.sparsity import SemiStructured, Sparsity, holds, parse_sparsity
+from pipeline.sparsity import SemiStructured, holds, parse_sparsity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,9 +64,10 @@ def verify(run_directory: Path, source: Path, progress: Progress) -> Verificatio
                 "Do not use it; prune again in a new output directory"
             )
         records = [record for commit in ledger.commits.values() for record in commit.linears.values()]
+        num_tuned = sum(len(commit.tuned) for commit in ledger.commits.values())
         return Verification(
             tensors=len(output.tensors),
-            identical_tensors=len(output.tensors) - len(records),
+            identical_tensors=len(output.tensors) - len(records) - num_tuned,
             pruned_tensors=len(records),
             pruned_weights=sum(record.pruned for record in records),
             prunable_weights=sum(record.numel for record in records),
@@ -96,9 +98,6 @@ def _hashes(ledger: Ledger, directory: Path) -> Iterator[str]:
 
 def _contents(ledger: Ledger, skeleton: Skeleton, output: Checkpoint, progress: Progress) -> Iterator[str]:
     """Compare tensor by tensor, one of each model in memory at a time."""
-    prune = ledger.header.config["prune"]
-    assert isinstance(prune, dict)
-    sparsity = parse_sparsity(prune["sparsity"])  # type: ignore[arg-type]  # validated before it was written
     progress.begin("verify", skeleton.num_blocks, 0)
     for name in skeleton.outside_names():
         yield from _identical(skeleton.checkpoint, output, name)
@@ -107,27 +106,29 @@ def _contents(ledger: Ledger, skeleton: Skeleton, output: Checkpoint, progress: 
         if index not in ledger.commits:
             yield f"block {index} has no commit in the ledger"
             continue
-        yield from _block(ledger.commits[index], skeleton, index, output, sparsity)
+        yield from _block(ledger.commits[index], skeleton, index, output)
         progress.advance(index, "")
     progress.end()
 
 
-def _block(commit: Commit, skeleton: Skeleton, index: int, output: Checkpoint, sparsity: Sparsity) -> Iterator[str]:
+def _block(commit: Commit, skeleton: Skeleton, index: int, output: Checkpoint) -> Iterator[str]:
     linears = {linear.parameter: linear for linear in find_linears(skeleton.blocks[index])}
     for own, name in skeleton.block_names(index).items():
         linear = linears.get(own)
+        if own in commit.tuned:
+            if not all_finite(output.read(name)):
+                yield f"{name} holds NaN or Inf"
+            continue
         if linear is None or linear.name not in commit.linears:
             yield from _identical(skeleton.checkpoint, output, name)
             continue
         record = commit.linears[linear.name]
         pruned = linear.to_rows(output.read(name))
-        yield from _pruned(name, pruned, linear.to_rows(skeleton.checkpoint.read(name)), record, sparsity)
+        yield from _pruned(name, pruned, linear.to_rows(skeleton.checkpoint.read(name)), record)
 
 
-def _pruned(
-    name: str, pruned_OD: torch.Tensor, source_OD: torch.Tensor, record: LinearRecord, sparsity: Sparsity
-) -> Iterator[str]:
-    kept_OD = pruned_OD != 0
+def _pruned(name: str, pruned_OD: torch.Tensor, source_OD: torch.Tensor, record: LinearRecord) -> Iterator[str]:
+    kept_OD, sparsity = pruned_OD != 0, parse_sparsity(record.sparsity)
     zeros = pruned_OD.numel() - int(kept_OD.count_nonzero())
     if zeros != record.zeros or zeros < record.pruned:
         yield f"{name} has {zeros} zeros, the ledger says {record.zeros} ({record.pruned} pruned)"

@@ -1,4 +1,4 @@
-"""One block on the bench: its dense weights, its streams and statistics, and the recipe worked through on it."""
+"""One block on the bench: its dense weights, its streams and statistics, and what the steps have made of it so far."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -9,13 +9,11 @@ from torch import nn
 from pipeline.activations import Boundary
 from pipeline.lazy_weights import Maker
 from pipeline.linears import Collector, Linear
-from pipeline.methods.step import BlockStep, LinearStep, MiniBatch, PrunedLinear, Report
+from pipeline.methods.step import NOTHING, MiniBatch, PrunedLinear
 from pipeline.peers import Peers
-from pipeline.recipe import Recipe
-from pipeline.sharing import share_out, solve_rows, spread
-from pipeline.sparsity import Sparsity, kept_in_rows
-from pipeline.statistics import Statistic
+from pipeline.statistics import AnyStatistic, Gathered, Statistic
 from pipeline.stream import Stream
+from pipeline.stream_names import StreamName
 
 
 class Workbench:
@@ -29,13 +27,16 @@ class Workbench:
         linears: Sequence[Linear],
         collector: Collector,
         inputs: Boundary,
-        targets: Boundary,
+        targets: Mapping[StreamName, Boundary],
         peers: Peers,
     ) -> None:
-        self._stream, self._index = stream, index
+        self._stream, self._block, self._index = stream, block, index
         self._linears = {linear.name: linear for linear in linears}
         self._collector, self._inputs, self._targets = collector, inputs, targets
         self.weights = {linear.name: linear.weight(block) for linear in linears}
+        matrices = {linear.parameter for linear in linears}
+        self.others = {name: p.data for name, p in block.named_parameters() if name not in matrices}
+        self.so_far: dict[str, PrunedLinear] = {}
         self.peers = peers
 
     @property
@@ -43,24 +44,38 @@ class Workbench:
         """Replicas that work on this block, each with its own part of the sequences."""
         return self.peers.size
 
-    def mini_batches(self, size: int) -> list[MiniBatch]:
-        """Return the updates of one pass over the calibration: `size` sequences of every replica in each."""
-        counts = torch.zeros(self.peers.size, dtype=torch.float64, device=self._device)
-        counts[self.peers.rank] = self._inputs.num_sequences
-        self.peers.sum([counts])
+    def num_mini_batches(self, size: int) -> int:
+        """Return how many updates a pass over the calibration has, with `size` sequences of every replica in each."""
+        return -(-int(self._shares().max()) // size)
+
+    def mini_batches(self, size: int, order: Sequence[int] | None = None) -> list[MiniBatch]:
+        """Return those updates in the order that their numbers stand in `order`; all, as they come, where it is None.
+
+        The sequences are about to be read, in this order.
+        """
+        counts = self._shares()
         updates = []
         for start in range(0, int(counts.max()), size):
             parts = (counts - start).clamp(0, size)
             here = int(parts[self.peers.rank])
             updates.append(MiniBatch(here=slice(start, start + here), weight=here / parts.sum().item()))
+        if order is not None:
+            updates = [updates[number] for number in order]
         coming = [update.here for update in updates if update.weight > 0]
-        self._inputs.expect(coming)
-        self._targets.expect(coming)
+        for boundary in (self._inputs, *self._targets.values()):
+            boundary.expect(coming)
         return updates
 
     def sum(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replace tensors (gradients), in place, by their sums over all replicas."""
         self.peers.sum(tensors)
+
+    def _shares(self) -> torch.Tensor:
+        """How many sequences each replica has."""
+        counts = torch.zeros(self.peers.size, dtype=torch.float64, device=self._device)
+        counts[self.peers.rank] = self._inputs.num_sequences
+        self.peers.sum([counts])
+        return counts
 
     @property
     def _device(self) -> torch.device:
@@ -70,102 +85,51 @@ class Workbench:
         """Return the linears grouped by the input they share."""
         return self._collector.groups()
 
-    def statistic(self, name: str, kind: type[Statistic]) -> Statistic:
-        """Return the statistic of a linear's inputs."""
-        return self._collector.statistic(name, kind)
+    def gathered(self, name: str) -> Gathered:
+        """Return the statistics of a linear's inputs."""
+        return self._collector.gathered(name)
 
-    def forget(self, name: str, kind: type[Statistic] | None) -> None:
-        """Drop the statistic of a linear's inputs, where there is one, once no later step needs it."""
-        if kind is not None:
-            self._collector.forget(name, kind)
+    def statistic(self, name: str, kind: type[AnyStatistic]) -> AnyStatistic:
+        """Return a statistic of a linear's inputs."""
+        return self.gathered(name).of(kind)
 
-    def output(self, weights: Mapping[str, Maker], sequences: slice) -> torch.Tensor:
+    def collect_again(self, group: Sequence[Linear], kinds: Sequence[type[Statistic]], batch: int) -> Gathered:
+        """Gather statistics of an input anew, with the block as the steps have left it so far."""
+        collector, makers = Collector(group, kinds), self._pruned_so_far()
+        for _, hidden_BTD in self._inputs.stream(batch, self._device):
+            with torch.no_grad(), collector.watching(self._block, to_the_end=False):
+                self._stream.run_block(self._index, hidden_BTD, makers)
+        collector.sum_over(self.peers)
+        collector.check_finite()
+        return collector.gathered(group[0].name)
+
+    def output(
+        self, weights: Mapping[str, Maker], sequences: slice, others: Mapping[str, torch.Tensor] = NOTHING
+    ) -> torch.Tensor:
         """Run the block on the pruned stream with other weights, each made when its linear runs."""
         stored = {self._linears[n].parameter: partial(_stored, self._linears[n], w) for n, w in weights.items()}
+        stored |= {name: partial(_itself, value) for name, value in others.items()}
         return self._stream.run_block(self._index, self._inputs.read(sequences, self._device), stored)
 
-    def target(self, sequences: slice) -> torch.Tensor:
+    def target(self, sequences: slice, stream: StreamName) -> torch.Tensor:
         """Return the hidden_BTD that the pruned block is to reproduce."""
-        return self._targets.read(sequences, self._device)
+        return self._targets[stream].read(sequences, self._device)
+
+    def _pruned_so_far(self) -> dict[str, Maker]:
+        """What makes the stored weight of every linear that is pruned already."""
+        makers: dict[str, Maker] = {}
+        for name, pruned in self.so_far.items():
+            kept = self.weights[name] if pruned.weight_OD is None else pruned.weight_OD
+            makers[self._linears[name].parameter] = partial(
+                _stored, self._linears[name], partial(torch.mul, kept, pruned.keep_OD)
+            )
+        return makers
 
 
 def _stored(linear: Linear, make: Maker) -> torch.Tensor:
     return linear.to_stored(make())
 
 
-def apply_recipe(recipe: Recipe, sparsity: Sparsity, bench: Workbench, report: Report) -> dict[str, PrunedLinear]:
-    """Run the steps in turn; each linear ends with the mask, weights and notes of all of them.
-
-    Replicas share the work of linear steps, and end with the same bits, or with a NumericsError.
-    """
-    state: dict[str, PrunedLinear] = {}
-    for position, step in enumerate(recipe.steps):
-        if isinstance(step, BlockStep):
-            results = step.prune(bench, sparsity, report)
-        else:
-            assert isinstance(step, LinearStep)
-            is_last_use = step.statistic not in {later.statistic for later in recipe.steps[position + 1 :]}
-            results = _run_linear_step(step, sparsity, bench, state, is_last_use)
-        for name, result in results.items():
-            before = state.get(name)
-            weight = result.weight_OD if result.weight_OD is not None or before is None else before.weight_OD
-            notes = {**(before.notes if before else {}), **result.notes}
-            state[name] = PrunedLinear(keep_OD=result.keep_OD, weight_OD=weight, notes=notes)
-    kept_rows = [kept_in_rows(linear.keep_OD) for linear in state.values()]
-    bench.peers.agree(torch.cat(kept_rows), "how many weights each row keeps")
-    return state
-
-
-@torch.no_grad()
-def _run_linear_step(
-    step: LinearStep, sparsity: Sparsity, bench: Workbench, state: Mapping[str, PrunedLinear], is_last_use: bool
-) -> dict[str, PrunedLinear]:
-    """Prune every linear; statistics are dropped when they have been used for the last time."""
-    groups = bench.groups()
-    owners = share_out([sum(_effort(bench.weights[n.name]) for n in group) for group in groups], bench.peers.size)
-    by_rows = step.rows_alone(sparsity)
-    results: dict[str, PrunedLinear] = {}
-    for group, owner in zip(groups, owners, strict=True):
-        if by_rows or owner == bench.peers.rank:
-            results |= _solve_group(step, sparsity, bench, group, state, is_last_use)
-        elif is_last_use:
-            bench.forget(group[0].name, step.statistic)
-    if by_rows:
-        return results
-    return {  # all replicas have solved what they own before any waits for another's
-        linear.name: spread(results.get(linear.name), bench.weights[linear.name], bench.peers, owner)
-        for group, owner in zip(groups, owners, strict=True)
-        for linear in group
-    }
-
-
-def _solve_group(
-    step: LinearStep,
-    sparsity: Sparsity,
-    bench: Workbench,
-    group: Sequence[Linear],
-    state: Mapping[str, PrunedLinear],
-    is_last_use: bool,
-) -> dict[str, PrunedLinear]:
-    """Prune the linears of one input."""
-    kind, name = step.statistic, group[0].name
-    solve = step.solver(None if kind is None else bench.statistic(name, kind))
-    if is_last_use:
-        bench.forget(name, kind)
-    results: dict[str, PrunedLinear] = {}
-    for linear in group:
-        before = state.get(linear.name)
-        weight_OD, keep_OD = bench.weights[linear.name], None
-        if before is not None:
-            weight_OD, keep_OD = weight_OD if before.weight_OD is None else before.weight_OD, before.keep_OD
-        if step.rows_alone(sparsity):
-            results[linear.name] = solve_rows(solve, weight_OD, keep_OD, sparsity, bench.peers)
-        else:
-            results[linear.name] = solve(weight_OD, keep_OD, sparsity)
-    return results
-
-
-def _effort(weight_OD: torch.Tensor) -> float:
-    """Judge the work of solving one linear: rows times columns squared, as a factorisation and its updates take."""
-    num_rows, num_columns = weight_OD.shape
-    return float(num_rows + num_columns) * num_columns**2
+def _itself(value: torch.Tensor) -> torch.Tensor:
+    """A parameter that is no matrix costs nothing to keep; a copy, for what is made is memory of its own."""
+    return value.clone()

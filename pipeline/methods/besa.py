@@ -32,10 +32,11 @@ from pipeline.methods.row_sparsity import (
     shares,
     tilt_towards,
 )
-from pipeline.methods.step import BlockStep, BlockView, MiniBatch, PrunedLinear, Report, Shapes, largest
+from pipeline.methods.step import BlockStep, BlockView, MiniBatch, PrunedBlock, PrunedLinear, Report, Shapes, largest
 from pipeline.methods.wanda import input_norms, wanda_scores
 from pipeline.sparsity import Sparsity, Unstructured, map_rows, rank_dtype, row_ranks, selection_bytes
 from pipeline.statistics import ColumnSquares, Statistic, relative_error
+from pipeline.stream_names import StreamName
 
 TENSORS_PER_PARAMETER = 10
 """The parameters, Prodigy's three tensors, gradients, and what autograd keeps of the shares."""
@@ -44,13 +45,12 @@ TENSORS_PER_PARAMETER = 10
 class Besa(BlockStep):
     """Blockwise parameter-efficient sparsity allocation."""
 
-    statistic: ClassVar[type[Statistic] | None] = ColumnSquares
     accepts_pattern: ClassVar[bool] = False
 
     granularity: Literal["row", "linear"] = "row"
     """What learns a sparsity of its own: every row, or every linear."""
 
-    target: Literal["pruned", "dense"] = "pruned"
+    target: StreamName = "pruned"
     """Stream on which the dense block makes the reference output: the pruned stream, or the dense stream."""
 
     epochs: int = Field(default=1, ge=1)
@@ -73,9 +73,9 @@ class Besa(BlockStep):
     is safe, and a few updates suffice; from Prodigy's own 1e-6 a dozen are spent on growing it."""
 
     @property
-    def needs_dense_stream(self) -> bool:
-        """Whether the reference is made on the dense stream."""
-        return self.target == "dense"
+    def statistics(self) -> tuple[type[Statistic], ...]:
+        """Wanda's, whose order of weights is kept."""
+        return (ColumnSquares,)
 
     def working_bytes(self, shapes: Shapes, groups: Sequence[Sequence[str]], dtype: torch.dtype) -> int:
         """Ranks, parameters, and the gradient of one linear's masked weight with that weight, or with its sums.
@@ -88,7 +88,7 @@ class Besa(BlockStep):
         masked = dtype.itemsize * largest(shapes)
         return ranks + parameters + masked + max(masked, selection_bytes(largest(shapes)))
 
-    def prune(self, block: BlockView, sparsity: Sparsity, report: Report) -> dict[str, PrunedLinear]:
+    def prune(self, block: BlockView, sparsity: Sparsity, report: Report) -> PrunedBlock:
         """Learn the sparsities of one block, project them to its budget, and return the masks."""
         assert isinstance(sparsity, Unstructured)
         rows = [self._learnable(block, name, sparsity) for name in block.weights]
@@ -100,12 +100,10 @@ class Besa(BlockStep):
                 block.sum([r.gradient() for r in rows])
                 optimizer.step()
                 report({"epoch": epoch, **figures})
-        return masks_within_budget(rows, sparsity)
+        return PrunedBlock(linears=masks_within_budget(rows, sparsity))
 
     def _learnable(self, block: BlockView, name: str, sparsity: Unstructured) -> "LearnableRows":
-        weight_OD, statistic = block.weights[name], block.statistic(name, ColumnSquares)
-        assert isinstance(statistic, ColumnSquares)
-        norm_D = input_norms(statistic)
+        weight_OD, norm_D = block.weights[name], input_norms(block.statistic(name, ColumnSquares))
         num_groups = len(weight_OD) if self.granularity == "row" else 1
         return LearnableRows(
             name=name,
@@ -130,7 +128,7 @@ class Besa(BlockStep):
         expected = block_sparsity(rows, shares_of)
         error = torch.zeros_like(expected)
         if mini_batch.weight > 0:
-            error = relative_error(block.output(weights, mini_batch.here), block.target(mini_batch.here))
+            error = relative_error(block.output(weights, mini_batch.here), block.target(mini_batch.here, self.target))
         distance = ((expected - target) / target) ** 2
         loss = mini_batch.weight * error + self.penalty / block.num_replicas * distance
         torch.autograd.backward(loss)

@@ -1,11 +1,11 @@
 """Magnitude pruning: drop the smallest weights. The baseline that needs no calibration data."""
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 
-from pipeline.methods.step import LinearStep, PrunedLinear, Shapes, Solver, largest, num_weights
+from pipeline.methods.step import LinearStep, LinearView, PrunedLinear, Shapes, Solver, largest, num_weights
 from pipeline.sparsity import (
     SELECTION_BYTES,
     SemiStructured,
@@ -15,16 +15,19 @@ from pipeline.sparsity import (
     map_rows,
     selection_bytes,
 )
-from pipeline.statistics import Statistic
+from pipeline.statistics import Gathered, Statistic
 
 
 class Magnitude(LinearStep):
     """Score = |W|; weights compete within the whole matrix, or within their row."""
 
-    statistic: ClassVar[type[Statistic] | None] = None
-
     scope: Literal["matrix", "row"] = "matrix"
     """Where weights compete. N:M patterns always compete within their group."""
+
+    @property
+    def statistics(self) -> tuple[type[Statistic], ...]:
+        """None: it looks at weights alone."""
+        return ()
 
     def rows_alone(self, sparsity: Sparsity) -> bool:
         """Weights compete within their row, or their group in it, unless the scope is the matrix."""
@@ -35,11 +38,11 @@ class Magnitude(LinearStep):
         by_matrix = SELECTION_BYTES * largest(shapes)
         return num_weights(shapes) + (by_matrix if self.scope == "matrix" else selection_bytes(largest(shapes)))
 
-    def solver(self, statistic: Statistic | None) -> Solver:
+    def solver(self, gathered: Gathered) -> Solver:
         """Return the function that prunes one linear."""
 
-        def solve(weight_OD: torch.Tensor, keep_OD: torch.Tensor | None, sparsity: Sparsity) -> PrunedLinear:
-            assert keep_OD is None
+        def solve(view: LinearView) -> PrunedLinear:
+            weight_OD, sparsity = view.dense_OD, view.sparsity
             if not self.rows_alone(sparsity):
                 return PrunedLinear(keep_OD=keep_by_matrix(weight_OD.abs().float(), sparsity))
             keep = map_rows(lambda rows: keep_by_row(rows.abs().float(), sparsity), weight_OD, torch.bool)

@@ -17,10 +17,10 @@ import torch
 from pydantic import Field
 
 from pipeline.errors import NumericsError
-from pipeline.methods.step import LinearStep, PrunedLinear, Shapes, Solver
+from pipeline.methods.step import LinearStep, LinearView, PrunedLinear, Shapes, Solver
 from pipeline.numerics import all_finite
 from pipeline.sparsity import SemiStructured, Sparsity, Unstructured, keep_highest
-from pipeline.statistics import Gram, Statistic
+from pipeline.statistics import Gathered, Gram, Statistic
 
 DAMPING_LIMIT = 1.0
 """Above this multiple of the mean diagonal the damped Hessian says little of the data: give up instead."""
@@ -94,14 +94,19 @@ def _factorise(gram_DD: torch.Tensor, added_D: torch.Tensor) -> torch.Tensor | N
 class SparseGPT(LinearStep):
     """Prune and compensate, column by column."""
 
-    statistic: ClassVar[type[Statistic] | None] = Gram
     accepts_mask: ClassVar[bool] = True
+    rewrites: ClassVar[bool] = True
 
     damping: float = Field(default=0.01, gt=0, le=DAMPING_LIMIT)
     """Added to the Hessian's diagonal, as a multiple of its mean."""
 
     slab: int = Field(default=128, ge=1)
     """Columns whose unstructured mask is chosen together; the later columns are updated after each slab."""
+
+    @property
+    def statistics(self) -> tuple[type[Statistic], ...]:
+        """The Gram matrix: the Hessian of the output error, up to a factor."""
+        return (Gram,)
 
     def working_bytes(self, shapes: Shapes, groups: Sequence[Sequence[str]], dtype: torch.dtype) -> int:
         """Two matrices while an input is factorised, then the factor and one linear in float32, by columns.
@@ -118,13 +123,12 @@ class SparseGPT(LinearStep):
                 peak = max(peak, results + factor + 4 * rows * columns + slab)
         return peak
 
-    def solver(self, statistic: Statistic | None) -> Solver:
+    def solver(self, gathered: Gathered) -> Solver:
         """Factorise the Hessian that all linears of one input share; the result prunes each of them."""
-        assert isinstance(statistic, Gram)
-        factor = inverse_factor(statistic.gram_DD, self.damping)
+        factor = inverse_factor(gathered.of(Gram).gram_DD, self.damping)
 
-        def solve(weight_OD: torch.Tensor, keep_OD: torch.Tensor | None, sparsity: Sparsity) -> PrunedLinear:
-            weight, keep = sweep(weight_OD, factor, sparsity, keep_OD, self.slab)
+        def solve(view: LinearView) -> PrunedLinear:
+            weight, keep = sweep(view.weight_OD, factor, view.sparsity, view.keep_OD, self.slab)
             return PrunedLinear(weight_OD=weight, keep_OD=keep, notes={"damping": factor.damping})
 
         return solve

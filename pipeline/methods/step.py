@@ -1,6 +1,6 @@
 """The two kinds of step a recipe is made of, and what each one sees of a block.
 
-A *linear step* prunes one matrix from a statistic of its inputs; a *block step* sees the whole block with its
+A *linear step* prunes one matrix from statistics of its inputs; a *block step* sees the whole block with its
 streams. A step is a frozen set of options with one method; it holds no state between blocks.
 
 Shapes: O = out features, D = in features, B = sequences, T = tokens.
@@ -16,7 +16,11 @@ from pydantic import BaseModel, ConfigDict
 
 from pipeline.lazy_weights import Maker
 from pipeline.sparsity import Sparsity
-from pipeline.statistics import Statistic
+from pipeline.statistics import AnyStatistic, Gathered, Statistic
+from pipeline.stream_names import StreamName
+
+NOTHING: Mapping[str, torch.Tensor] = {}
+"""No parameters at all."""
 
 Shapes = Mapping[str, tuple[int, int]]
 """(O, D) of every linear of a block, by its name."""
@@ -45,9 +49,54 @@ class PrunedLinear:
     notes: dict[str, float] = field(default_factory=dict)
     """Figures worth recording with the commit, such as the damping that was needed."""
 
+    sparsity: Sparsity | None = None
+    """What it was pruned to, where the step has chosen that itself; None where it is the block's."""
 
-Solver = Callable[[torch.Tensor, torch.Tensor | None, Sparsity], PrunedLinear]
-"""(weight_OD, keep_OD of an earlier step or None, sparsity) -> PrunedLinear."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrunedBlock:
+    """What a block step makes of a block."""
+
+    linears: dict[str, PrunedLinear]
+    """Every linear by its name."""
+
+    others: dict[str, torch.Tensor] = field(default_factory=dict)
+    """New values of other parameters (norms, biases), by their name within the block; the rest stay as they are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearView:
+    """One linear, as a linear step sees it. Its tensors are never changed."""
+
+    dense_OD: torch.Tensor
+    """The weights of the source."""
+
+    sparsity: Sparsity
+    """To be met."""
+
+    keep_OD: torch.Tensor | None = None
+    """The mask that the steps before have chosen, if any."""
+
+    updated_OD: torch.Tensor | None = None
+    """New values of the weights (zero where pruned), where a step before has changed the kept ones."""
+
+    @property
+    def weight_OD(self) -> torch.Tensor:
+        """Kept weights as the steps before have left them; what is pruned may still be there."""
+        return self.dense_OD if self.updated_OD is None else self.updated_OD
+
+    def rows(self, rows: slice) -> "LinearView":
+        """Return some of its rows."""
+        return LinearView(
+            dense_OD=self.dense_OD[rows],
+            sparsity=self.sparsity,
+            keep_OD=None if self.keep_OD is None else self.keep_OD[rows],
+            updated_OD=None if self.updated_OD is None else self.updated_OD[rows],
+        )
+
+
+Solver = Callable[[LinearView], PrunedLinear]
+"""Prunes one linear."""
 
 Report = Callable[[Mapping[str, float]], None]
 """Receives figures of a long step while it works (loss, sparsity), for the progress display."""
@@ -58,14 +107,22 @@ class Step(BaseModel, ABC):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    statistic: ClassVar[type[Statistic] | None]
-    """What it needs to know of each linear's inputs."""
-
     accepts_mask: ClassVar[bool] = False
     """Whether it can follow a step that has already chosen a mask."""
 
+    needs_mask: ClassVar[bool] = False
+    """Whether it only works on a mask that is there, and so cannot come first."""
+
     accepts_pattern: ClassVar[bool] = True
     """Whether it can prune to N:M."""
+
+    rewrites: ClassVar[bool] = False
+    """Whether it gives kept weights new values."""
+
+    @property
+    @abstractmethod
+    def statistics(self) -> tuple[type[Statistic], ...]:
+        """What it needs to know of each linear's inputs."""
 
     @abstractmethod
     def working_bytes(self, shapes: Shapes, groups: Sequence[Sequence[str]], dtype: torch.dtype) -> int:
@@ -84,7 +141,7 @@ class LinearStep(Step):
         return False
 
     @abstractmethod
-    def solver(self, statistic: Statistic | None) -> Solver:
+    def solver(self, gathered: Gathered) -> Solver:
         """Prepare once what all linears with this input share; the result then prunes each of them."""
 
 
@@ -106,8 +163,14 @@ class BlockView(Protocol):
     def num_replicas(self) -> int:
         """Replicas that work on this block, each with its own part of the sequences."""
 
-    def mini_batches(self, size: int) -> list[MiniBatch]:
-        """Return the updates of one pass over the calibration: `size` sequences of every replica in each."""
+    def num_mini_batches(self, size: int) -> int:
+        """Return how many updates a pass over the calibration has, with `size` sequences of every replica in each."""
+
+    def mini_batches(self, size: int, order: Sequence[int] | None = None) -> list[MiniBatch]:
+        """Return those updates in the order that their numbers stand in `order`; all, as they come, where it is None.
+
+        The sequences are about to be read, in this order.
+        """
 
     def sum(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replace tensors (gradients), in place, by their sums over all replicas."""
@@ -116,28 +179,42 @@ class BlockView(Protocol):
     def weights(self) -> Mapping[str, torch.Tensor]:
         """weight_OD of every linear, by its name within the block."""
 
-    def statistic(self, name: str, kind: type[Statistic]) -> Statistic:
-        """Statistic of a linear's inputs."""
+    @property
+    def others(self) -> Mapping[str, torch.Tensor]:
+        """The block's other parameters (norms, biases), by their name within the block."""
 
-    def output(self, weights: Mapping[str, Maker], sequences: slice) -> torch.Tensor:
+    @property
+    def so_far(self) -> Mapping[str, PrunedLinear]:
+        """What the steps before have made of each linear; empty for the first."""
+
+    def statistic(self, name: str, kind: type[AnyStatistic]) -> AnyStatistic:
+        """Return a statistic of a linear's inputs."""
+
+    def output(
+        self, weights: Mapping[str, Maker], sequences: slice, others: Mapping[str, torch.Tensor] = NOTHING
+    ) -> torch.Tensor:
         """Run the block on the pruned stream with other weights: hidden_BTD, differentiable in what they are made of.
 
         weights: name of a linear -> what makes its weight_OD, called when the linear runs, and again in the backward
-        pass: a made weight is never kept.
+        pass: a made weight is never kept. others: values to take the place of other parameters.
         """
 
-    def target(self, sequences: slice) -> torch.Tensor:
-        """Return the hidden_BTD that the pruned block is to reproduce."""
+    def target(self, sequences: slice, stream: StreamName) -> torch.Tensor:
+        """Return the hidden_BTD that the pruned block is to reproduce: the dense block's outputs on that stream."""
 
 
 class BlockStep(Step):
     """Prunes the linears of a block together."""
 
-    @abstractmethod
-    def prune(self, block: BlockView, sparsity: Sparsity, report: Report) -> dict[str, PrunedLinear]:
-        """Return every linear of the block, pruned."""
+    target: StreamName
+    """Stream on which the dense block makes the outputs that the pruned block is to reproduce."""
 
-    @property
+    epochs: int
+    """Passes over the calibration sequences."""
+
+    batch: int
+    """Sequences per update, of each replica."""
+
     @abstractmethod
-    def needs_dense_stream(self) -> bool:
-        """Whether targets come from the dense block on the dense stream (else on the pruned stream)."""
+    def prune(self, block: BlockView, sparsity: Sparsity, report: Report) -> PrunedBlock:
+        """Return every linear of the block, pruned."""

@@ -6,13 +6,12 @@ ones stay as they are.
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 
-from pipeline.methods.step import LinearStep, PrunedLinear, Shapes, Solver, largest, num_weights
+from pipeline.methods.step import LinearStep, LinearView, PrunedLinear, Shapes, Solver, largest, num_weights
 from pipeline.sparsity import Sparsity, keep_by_row, map_rows, selection_bytes
-from pipeline.statistics import ColumnSquares, Statistic
+from pipeline.statistics import ColumnSquares, Gathered, Statistic
 
 
 def input_norms(squares: ColumnSquares) -> torch.Tensor:
@@ -28,7 +27,10 @@ def wanda_scores(weight_OD: torch.Tensor, norm_D: torch.Tensor) -> torch.Tensor:
 class Wanda(LinearStep):
     """Score = |W| * input norm; weights compete within their row."""
 
-    statistic: ClassVar[type[Statistic] | None] = ColumnSquares
+    @property
+    def statistics(self) -> tuple[type[Statistic], ...]:
+        """Column squares: the input norms."""
+        return (ColumnSquares,)
 
     def rows_alone(self, sparsity: Sparsity) -> bool:
         """Weights compete within their row only."""
@@ -38,14 +40,15 @@ class Wanda(LinearStep):
         """Masks of a byte a weight, and the selection from a slab of rows."""
         return num_weights(shapes) + selection_bytes(largest(shapes))
 
-    def solver(self, statistic: Statistic | None) -> Solver:
+    def solver(self, gathered: Gathered) -> Solver:
         """Return the function that prunes one linear; input norms are shared by all linears of one input."""
-        assert isinstance(statistic, ColumnSquares)
-        norm_D = input_norms(statistic)
+        norm_D = input_norms(gathered.of(ColumnSquares))
 
-        def solve(weight_OD: torch.Tensor, keep_OD: torch.Tensor | None, sparsity: Sparsity) -> PrunedLinear:
-            assert keep_OD is None
-            keep = map_rows(lambda rows: keep_by_row(wanda_scores(rows, norm_D), sparsity), weight_OD, torch.bool)
+        def solve(view: LinearView) -> PrunedLinear:
+            def choose(rows: torch.Tensor) -> torch.Tensor:
+                return keep_by_row(wanda_scores(rows, norm_D), view.sparsity)
+
+            keep = map_rows(choose, view.dense_OD, torch.bool)
             return PrunedLinear(keep_OD=keep)
 
         return solve

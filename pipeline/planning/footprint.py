@@ -19,8 +19,7 @@ import torch
 
 from pipeline.budget import Place
 from pipeline.memory_config import Tier
-from pipeline.methods.besa import Besa
-from pipeline.methods.step import BlockStep, Step
+from pipeline.methods.step import Step
 from pipeline.planning.scale import Scale
 from pipeline.planning.work import statistics_bytes
 from pipeline.statistics import SLAB_NUMEL, ColumnSquares, Gram
@@ -199,7 +198,7 @@ def _prune(scale: Scale) -> Iterator[Held]:
         (_made(scale, i) + _step_bytes(scale, s), type(s).__name__.lower()) for i, s in enumerate(steps)
     )
     yield _on_device(f"work of {name}", working)
-    if isinstance(steps[0], BlockStep):
+    if scale.recipe.block_steps:
         yield _on_device("activations to learn from", _learning_bytes(scale))
 
 
@@ -210,7 +209,7 @@ def _step_bytes(scale: Scale, step: Step) -> int:
 def _made(scale: Scale, num_steps: int) -> int:
     """Masks, and new weights, that the first steps of the recipe have made."""
     steps, numel = scale.recipe.steps[:num_steps], scale.work.num_weights
-    rewritten = any(step.statistic is Gram for step in steps)
+    rewritten = any(step.rewrites for step in steps)
     return (numel if steps else 0) + (numel * scale.dtype.itemsize if rewritten else 0)
 
 
@@ -261,7 +260,7 @@ def _forward_bytes(scale: Scale, num_tokens: int) -> int:
 def _learning_bytes(scale: Scale) -> int:
     """Kept for the backward pass, and live in it: as counted in a LLaMA block; norms and the loss are in float32."""
     size, hidden, work = scale.dtype.itemsize, scale.work.hidden, scale.work
-    sequences = max(step.batch for step in scale.recipe.steps if isinstance(step, Besa))
+    sequences = max(step.batch for step in scale.recipe.block_steps)
     num_tokens = min(sequences, work.num_sequences) * work.num_tokens
     return num_tokens * (7 * _widest(scale) * size + (8 * size + 20) * hidden)
 

@@ -22,7 +22,6 @@ from pipeline.config import RunConfig
 from pipeline.devices import choose_device, choose_dtype, free_bytes
 from pipeline.errors import BudgetExceeded
 from pipeline.memory_config import MemoryConfig
-from pipeline.methods.besa import Besa
 from pipeline.paging.engines import open_pager
 from pipeline.paging.spool import existing
 from pipeline.planning.fitting import Limit, Room, choose, preferences, refusal
@@ -236,4 +235,4 @@ def _planned(cost: Cost, phase: Phase | None) -> PlannedPhase:
 def _forward_passes(recipe: Recipe, num_sequences: int) -> float:
     collect = 1.0 if recipe.statistics or recipe.needs_targets else 1 / num_sequences
     passes = collect + 1.0 + (1.0 if recipe.needs_dense_stream else 0.0)
-    return passes + sum(3.0 * step.epochs for step in recipe.steps if isinstance(step, Besa))
+    return passes + sum(3.0 * step.epochs for step in recipe.block_steps)

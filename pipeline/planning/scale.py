@@ -51,8 +51,8 @@ class Scale:
 
     @property
     def num_boundaries(self) -> int:
-        """The pruned stream, and where asked the targets or the dense stream (which serves as targets too)."""
-        return 2 if self.recipe.needs_targets else 1
+        """The pruned stream, and where asked the targets and the dense stream (which serves as targets too)."""
+        return self.recipe.num_boundaries
 
 
 def scale_of(config: RunConfig, skeleton: Skeleton) -> Scale:

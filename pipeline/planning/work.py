@@ -168,17 +168,14 @@ def count_collect(work: Workload, recipe: Recipe) -> Count:
     Where targets come from the dense stream, that stream is advanced too, and its outputs serve as targets.
     """
     boundary, one = work.boundary_bytes, work.boundary_bytes // work.num_sequences
-    if recipe.needs_dense_stream:
-        flops, traffic = (
-            work.collect_flops + work.forward_flops,
-            Count(hidden_read=2 * boundary, hidden_written=boundary),
-        )
-    elif recipe.needs_targets:
+    if recipe.needs_targets:
         flops, traffic = work.forward_flops, Count(hidden_read=boundary, hidden_written=boundary)
-    elif recipe.statistics:
+    elif recipe.needs_dense_stream or recipe.statistics:
         flops, traffic = work.collect_flops, Count(hidden_read=boundary)
     else:  # only the error of the first sequence is wanted
         flops, traffic = work.forward_flops / work.num_sequences, Count(hidden_read=one)
+    if recipe.needs_dense_stream:
+        flops, traffic = flops + work.forward_flops, traffic + Count(hidden_read=boundary, hidden_written=boundary)
     gram = 2.0 * work.all_tokens * gram_numel(work) if Gram in recipe.statistics else 0.0
     return Count(gemm=flops, gram=gram) + traffic
 
@@ -194,7 +191,7 @@ def count_commit(work: Workload, recipe: Recipe) -> Count:
     Kept weights that no step has changed are read from the source once more, where blocks run in a narrower dtype.
     """
     size = work.num_weights * work.stored_bytes
-    rewritten = any(isinstance(step, SparseGPT) for step in recipe.steps)
+    rewritten = any(step.rewrites for step in recipe.steps)
     is_read = not rewritten and work.dtype_bytes < work.stored_bytes
     return Count(weights_read=size if is_read else 0, weights_written=size)
 

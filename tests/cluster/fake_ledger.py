@@ -3,11 +3,12 @@
 import hashlib
 from collections.abc import Mapping
 
-from pipeline.ledger import Commit, Ledger, LinearRecord
+from pipeline.ledger import Ledger
+from pipeline.records import Commit, LinearRecord
 
 
 def make_commit(block: int) -> Commit:
-    linear = LinearRecord(pruned=5, zeros=6, numel=10, rewritten=False, notes={})
+    linear = LinearRecord(pruned=5, zeros=6, numel=10, rewritten=False, notes={}, sparsity="0.5")
     return Commit(
         block=block, file=f"block-{block}.safetensors", sha256=hashlib.sha256(bytes([block])).hexdigest(),
         num_bytes=1000 + block, linears={"q": linear}, error=0.25, seconds={"prune": 1.5},

@@ -23,7 +23,7 @@ from cluster.messages import (
     Received,
 )
 from cluster.topology import Topology
-from pipeline.ledger import Commit
+from pipeline.records import Commit
 from tests.cluster.fake_ledger import make_commit
 
 NUM_BATCHES = 3

@@ -14,11 +14,11 @@ ROOT = Path(__file__).parents[2]
 
 FLOORS = {
     0: "pipeline: budget cluster_config devices durable errors header heap lazy_weights memory_config meter numerics "
-    "peers progress shard_names sparsity",
-    1: "pipeline: methods shards statistics",
+    "peers progress records shard_names sparsity stream_names",
+    1: "pipeline: allocation methods shards statistics",
     2: "pipeline: calibration checkpoint config hub ledger paging recipe sharing shelf sources",
     3: "pipeline: activations linears order skeleton",
-    4: "pipeline: assemble block_writer inputs memory planning stage stream transaction weights workbench",
+    4: "pipeline: assemble block_writer inputs memory planning prune_block stage stream transaction weights workbench",
     5: "pipeline: demo_model doctor evaluate job report run verify",
     6: "cluster: console job_shape messages topology",
     7: "cluster: cost_model depot expectation failures forecast replicas schedule shelves state trace worker",

@@ -29,7 +29,8 @@ from ray.cluster_utils import Cluster
 from cluster.failures import PREFIX
 from cluster.handoff import EMPTY_AT_ONCE
 from cluster.state import PRUNING
-from pipeline.ledger import LEDGER_NAME, Commit, Ledger
+from pipeline.ledger import LEDGER_NAME, Ledger
+from pipeline.records import Commit
 from pipeline.report import Report
 from tests.cluster.ray_session import PROMPT, QUIET, STORE_BYTES, remove
 from tests.integration.clusters import NUM_BLOCKS, Listener, carry_out_there, forked_workers

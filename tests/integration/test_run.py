@@ -115,7 +115,9 @@ def test_the_output_directory_is_complete(pruned: Pruned) -> None:
     assert index["weight_map"].keys() == tensors.keys()
     assert index["metadata"]["total_size"] == sum(t.numel() * t.itemsize for t in tensors.values())
     made = json.loads((pruned.model / "pruning.json").read_text())
-    assert made["settings"]["prune"] == {"sparsity": RATIO, "recipe": [{"wanda": {}}], "skip": []}
+    assert made["settings"]["prune"] == {
+        "sparsity": RATIO, "recipe": [{"wanda": {}}], "within_block": "joint", "skip": [],
+    }  # fmt: skip
     assert made["pruned_weights"] == pruned.report.pruned_weights
 
 

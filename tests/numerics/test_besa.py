@@ -1,6 +1,6 @@
 """BESA on a small block: it learns where to prune, meets the budget to the weight, and touches nothing else."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from typing import Literal
 
@@ -12,10 +12,12 @@ from pipeline.errors import NumericsError
 from pipeline.lazy_weights import Maker
 from pipeline.methods.besa import Besa, LearnableRows, block_sparsity
 from pipeline.methods.row_sparsity import shares, tilt_towards
-from pipeline.methods.step import MiniBatch, PrunedLinear
+from pipeline.methods.step import NOTHING, PrunedLinear
 from pipeline.sparsity import Unstructured, row_ranks
-from pipeline.statistics import ColumnSquares, Statistic
+from pipeline.statistics import AnyStatistic, ColumnSquares
+from pipeline.stream_names import StreamName
 from tests import reference
+from tests.blocks import SmallBlock
 
 Granularity = Literal["row", "linear"]
 Weights = Mapping[str, torch.Tensor]
@@ -30,7 +32,7 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
 NUM_WEIGHTS = 2 * 40 * 80
 
 
-class MlpBlock:
+class MlpBlock(SmallBlock):
     """A `BlockView`: y = x + relu(x up^T) down^T on 16 sequences of 12 tokens, 40 features, 80 hidden units.
 
     What can be spared is uneven: from half of the weights of the first row of `up` to nearly all of its last are
@@ -45,49 +47,43 @@ class MlpBlock:
             "down": 0.3 * normal(40, 80, seed=3),
         }
         self.num_sequences = len(self.hidden_BTD)
-        self.num_replicas = 1
         self._inputs = {"up": self.hidden_BTD, "down": self._hidden_units(self.weights["up"], self.hidden_BTD)}
 
     @staticmethod
     def _hidden_units(up_OD: torch.Tensor, hidden_BTD: torch.Tensor) -> torch.Tensor:
         return (hidden_BTD @ up_OD.T).relu()
 
-    def mini_batches(self, size: int) -> list[MiniBatch]:
-        starts = range(0, self.num_sequences, size)
-        return [MiniBatch(here=slice(start, min(start + size, self.num_sequences)), weight=1.0) for start in starts]
-
-    def sum(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Nobody else has sequences."""
-
     def inputs(self, name: str) -> torch.Tensor:
         return self._inputs[name].flatten(0, 1)
 
-    def statistic(self, name: str, kind: type[Statistic]) -> Statistic:
+    def statistic(self, name: str, kind: type[AnyStatistic]) -> AnyStatistic:
         statistic = kind.empty(self._inputs[name].shape[-1], torch.device("cpu"))
         statistic.update(self.inputs(name))
         return statistic
 
-    def output(self, weights: Mapping[str, Maker], sequences: slice) -> torch.Tensor:
+    def output(
+        self, weights: Mapping[str, Maker], sequences: slice, others: Mapping[str, torch.Tensor] = NOTHING
+    ) -> torch.Tensor:
         return self.output_with({name: make() for name, make in weights.items()}, sequences)
 
     def output_with(self, weights: Weights, sequences: slice) -> torch.Tensor:
         hidden_BTD = self.hidden_BTD[sequences]
         return hidden_BTD + self._hidden_units(weights["up"], hidden_BTD) @ weights["down"].T
 
-    def target(self, sequences: slice) -> torch.Tensor:
+    def target(self, sequences: slice, stream: StreamName) -> torch.Tensor:
         return self.output_with(self.weights, sequences)
 
 
 class BrokenBlock(MlpBlock):
     """A block whose dense output overflowed."""
 
-    def target(self, sequences: slice) -> torch.Tensor:
-        return super().target(sequences).index_fill(2, torch.tensor([4]), torch.inf)
+    def target(self, sequences: slice, stream: StreamName) -> torch.Tensor:
+        return super().target(sequences, stream).index_fill(2, torch.tensor([4]), torch.inf)
 
 
 def prune(besa: Besa, percent: int, block: MlpBlock | None = None) -> tuple[dict[str, PrunedLinear], Figures]:
     figures: Figures = []
-    pruned = besa.prune(block or MlpBlock(), Unstructured(ratio=percent / 100), figures.append)
+    pruned = besa.prune(block or MlpBlock(), Unstructured(ratio=percent / 100), figures.append).linears
     return pruned, figures
 
 
@@ -100,7 +96,7 @@ def trained(granularity: Granularity, percent: int) -> tuple[dict[str, PrunedLin
 def error_under(keep: Mapping[str, torch.Tensor], block: MlpBlock) -> float:
     everything = slice(0, block.num_sequences)
     pruned = {name: block.weights[name] * keep[name] for name in keep}
-    return reference.relative_error(block.output_with(pruned, everything), block.target(everything))
+    return reference.relative_error(block.output_with(pruned, everything), block.target(everything, "pruned"))
 
 
 def uniform_wanda(block: MlpBlock, percent: int) -> dict[str, torch.Tensor]:
@@ -197,7 +193,7 @@ def textbook_descent(block: MlpBlock, target: float, num_updates: int) -> list[t
             wanted_G = share_GP @ (torch.arange(101) / 100) * weight_OD.shape[1]
             masked[name] = reference.straight_through_weight(share_GP, weight_OD, ranks[name], wanted_G.floor())
             num_pruned = num_pruned + wanted_G.sum()
-        output, expected = block.output_with(masked, slice(i, i + 1)), block.target(slice(i, i + 1))
+        output, expected = block.output_with(masked, slice(i, i + 1)), block.target(slice(i, i + 1), "pruned")
         error = ((output - expected).square().sum(dim=(0, 1)) / expected.square().sum(dim=(0, 1))).mean()
         sparsity = num_pruned / NUM_WEIGHTS
         torch.autograd.backward(error + 5 * ((sparsity - target) / target) ** 2)
@@ -263,11 +259,6 @@ def test_the_sparsity_of_a_block_weighs_its_linears_by_size() -> None:
 
 
 def test_its_statistic_is_wandas() -> None:
-    assert Besa.statistic is ColumnSquares
+    assert Besa().statistics == (ColumnSquares,)
     assert not Besa.accepts_pattern
     assert not Besa.accepts_mask
-
-
-@pytest.mark.parametrize(("target", "dense"), [("pruned", False), ("dense", True)])
-def test_the_target_says_whether_the_dense_stream_is_needed(target: Literal["pruned", "dense"], dense: bool) -> None:
-    assert Besa(target=target).needs_dense_stream is dense

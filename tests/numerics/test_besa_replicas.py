@@ -7,9 +7,11 @@ import torch
 
 from pipeline.lazy_weights import Maker
 from pipeline.methods.besa import Besa
-from pipeline.methods.step import MiniBatch, PrunedLinear
+from pipeline.methods.step import NOTHING, MiniBatch, PrunedLinear
 from pipeline.sparsity import Unstructured
-from pipeline.statistics import ColumnSquares, Statistic
+from pipeline.statistics import AnyStatistic
+from pipeline.stream_names import StreamName
+from tests.blocks import SmallBlock
 from tests.replicas import ThreadPeer, together
 
 NUM_SEQUENCES = 6
@@ -20,10 +22,8 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-class LinearBlock:
+class LinearBlock(SmallBlock):
     """A `BlockView` of one linear, y = x W^T, that holds some of the sequences."""
-
-    num_replicas = 1
 
     def __init__(self, sequences: slice = slice(0, NUM_SEQUENCES)) -> None:
         everything_BTD = normal(NUM_SEQUENCES, 10, 24, seed=0) * torch.linspace(0.1, 3, 24)
@@ -31,22 +31,17 @@ class LinearBlock:
         self.all_inputs = everything_BTD.flatten(0, 1)
         self.weights: Mapping[str, torch.Tensor] = {"linear": normal(12, 24, seed=1)}
 
-    def statistic(self, name: str, kind: type[Statistic]) -> Statistic:
-        statistic = ColumnSquares.empty(24, torch.device("cpu"))
+    def statistic(self, name: str, kind: type[AnyStatistic]) -> AnyStatistic:
+        statistic = kind.empty(24, torch.device("cpu"))
         statistic.update(self.all_inputs)
         return statistic
 
-    def mini_batches(self, size: int) -> list[MiniBatch]:
-        starts = range(0, len(self.hidden_BTD), size)
-        return [MiniBatch(here=slice(start, start + size), weight=1.0) for start in starts]
-
-    def sum(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Nobody else has sequences."""
-
-    def output(self, weights: Mapping[str, Maker], sequences: slice) -> torch.Tensor:
+    def output(
+        self, weights: Mapping[str, Maker], sequences: slice, others: Mapping[str, torch.Tensor] = NOTHING
+    ) -> torch.Tensor:
         return self.hidden_BTD[sequences] @ weights["linear"]().T
 
-    def target(self, sequences: slice) -> torch.Tensor:
+    def target(self, sequences: slice, stream: StreamName) -> torch.Tensor:
         return self.hidden_BTD[sequences] @ self.weights["linear"].T
 
 
@@ -58,7 +53,7 @@ class ReplicaBlock(LinearBlock):
         self._peer, self._shares = peer, shares
         self.num_replicas = peer.size
 
-    def mini_batches(self, size: int) -> list[MiniBatch]:
+    def mini_batches(self, size: int, order: Sequence[int] | None = None) -> list[MiniBatch]:
         counts = [share.stop - share.start for share in self._shares]
         updates = []
         for start in range(0, max(counts), size):
@@ -74,7 +69,9 @@ class ReplicaBlock(LinearBlock):
 def pruned_by(shares: Sequence[slice]) -> list[tuple[PrunedLinear, list[float]]]:
     def work(peer: ThreadPeer) -> tuple[PrunedLinear, list[float]]:
         seen: list[float] = []
-        pruned = Besa().prune(ReplicaBlock(peer, shares), HALF, lambda figures: seen.append(figures["sparsity"]))
+        pruned = (
+            Besa().prune(ReplicaBlock(peer, shares), HALF, lambda figures: seen.append(figures["sparsity"])).linears
+        )
         return pruned["linear"], seen
 
     return together(len(shares), work)
@@ -91,11 +88,11 @@ def test_all_replicas_learn_the_same_and_meet_the_budget(shares: list[slice]) ->
 
 def test_replicas_with_the_same_sequences_learn_what_one_learns() -> None:
     """The mean over equal parts is the part: sums, weights and the penalty come out as without replicas."""
-    alone = Besa().prune(LinearBlock(slice(0, 3)), HALF, lambda figures: None)
+    alone = Besa().prune(LinearBlock(slice(0, 3)), HALF, lambda figures: None).linears
     for twin, _ in pruned_by([slice(0, 3), slice(0, 3)]):
         assert torch.equal(twin.keep_OD, alone["linear"].keep_OD)
 
 
 def test_more_sequences_in_an_update_learn_something_else() -> None:
-    alone = Besa().prune(LinearBlock(), HALF, lambda figures: None)
+    alone = Besa().prune(LinearBlock(), HALF, lambda figures: None).linears
     assert not torch.equal(pruned_by([slice(0, 3), slice(3, 6)])[0][0].keep_OD, alone["linear"].keep_OD)

@@ -8,6 +8,7 @@ import torch
 from pipeline.methods.magnitude import Magnitude
 from pipeline.sparsity import SemiStructured, Sparsity, Unstructured
 from tests import reference
+from tests.solving import solve
 
 Scope = Literal["matrix", "row"]
 SCOPES = pytest.mark.parametrize("scope", ["matrix", "row"])
@@ -20,7 +21,7 @@ def weights(num_rows: int, num_columns: int) -> torch.Tensor:
 
 
 def prune(weight_OD: torch.Tensor, sparsity: Sparsity, scope: Scope = "matrix") -> torch.Tensor:
-    pruned = Magnitude(scope=scope).solver(None)(weight_OD, None, sparsity)
+    pruned = solve(Magnitude(scope=scope), [], weight_OD, sparsity)
     assert pruned.weight_OD is None
     return pruned.keep_OD
 

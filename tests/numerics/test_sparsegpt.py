@@ -6,11 +6,12 @@ import torch
 from pipeline.errors import NumericsError
 from pipeline.methods.magnitude import Magnitude
 from pipeline.methods.sparsegpt import SparseGPT, inverse_factor, removal_cost
-from pipeline.methods.step import PrunedLinear
+from pipeline.methods.step import LinearView, PrunedLinear
 from pipeline.methods.wanda import Wanda
 from pipeline.sparsity import SemiStructured, Sparsity, Unstructured
-from pipeline.statistics import ColumnSquares, Gram
+from pipeline.statistics import ColumnSquares, Gathered, Gram
 from tests import reference
+from tests.solving import solve
 
 HALF = Unstructured(ratio=0.5)
 DAMPING = 0.01
@@ -40,7 +41,7 @@ def prune(
     slab: int = 128,
     damping: float = DAMPING,
 ) -> tuple[torch.Tensor, PrunedLinear]:
-    pruned = SparseGPT(damping=damping, slab=slab).solver(gram)(weight_OD, keep_OD, sparsity)
+    pruned = solve(SparseGPT(damping=damping, slab=slab), gram, weight_OD, sparsity, keep_OD)
     assert pruned.weight_OD is not None
     return pruned.weight_OD, pruned
 
@@ -149,7 +150,7 @@ def test_independent_features_make_it_magnitude_weighted_by_their_power() -> Non
     updated_OD, pruned = prune(weight_OD, gram, HALF)
     power_D = reference.damped_hessian(gram.gram_DD, DAMPING).diagonal()
     weighted = (weight_OD.double() * power_D.sqrt()).float()
-    assert torch.equal(pruned.keep_OD, Magnitude().solver(None)(weighted, None, HALF).keep_OD)
+    assert torch.equal(pruned.keep_OD, solve(Magnitude(), [], weighted, HALF).keep_OD)
     assert torch.equal(updated_OD, weight_OD * pruned.keep_OD)
 
 
@@ -158,7 +159,7 @@ def test_correlated_inputs_let_it_err_less_than_wanda(sparsity: Sparsity) -> Non
     weight_OD, x_TD = normal(32, 64, seed=12), inputs(64)
     squares = ColumnSquares.empty(64, x_TD.device)
     squares.update(x_TD)
-    keep_OD = Wanda().solver(squares)(weight_OD, None, sparsity).keep_OD
+    keep_OD = solve(Wanda(), squares, weight_OD, sparsity).keep_OD
     own_OD, own = prune(weight_OD, gram_of(x_TD), sparsity)
     wandas_OD, wandas = prune(weight_OD, gram_of(x_TD), sparsity, keep_OD)
     assert own.keep_OD.sum() <= keep_OD.sum()  # Wanda rounds down in every row, so it may keep some more
@@ -263,13 +264,13 @@ def test_damping_grows_until_the_factorisation_succeeds_and_is_noted(
 def test_a_matrix_that_no_damping_mends_is_refused_with_its_numbers() -> None:
     message = r"Gram matrix of 8 input features could not be factorised .* 0\.01 to 1 of its mean diagonal 1; use more"
     with pytest.raises(NumericsError, match=message):
-        SparseGPT(damping=DAMPING).solver(pairwise(3.0))
+        SparseGPT(damping=DAMPING).solver(Gathered([pairwise(3.0)]))
 
 
 def test_the_factor_of_one_input_serves_all_its_linears() -> None:
-    solve = SparseGPT().solver(gram_of(inputs(24)))
-    first, again = (solve(normal(5, 24, seed=20), None, HALF) for _ in range(2))
-    solve(normal(9, 24, seed=21), None, HALF)
+    solver = SparseGPT().solver(Gathered([gram_of(inputs(24))]))
+    first, again = (solver(LinearView(dense_OD=normal(5, 24, seed=20), sparsity=HALF)) for _ in range(2))
+    solver(LinearView(dense_OD=normal(9, 24, seed=21), sparsity=HALF))
     assert first.weight_OD is not None
     assert again.weight_OD is not None
     assert torch.equal(first.weight_OD, again.weight_OD)

@@ -9,6 +9,7 @@ from pipeline.methods.wanda import Wanda, input_norms, wanda_scores
 from pipeline.sparsity import SemiStructured, Sparsity, Unstructured
 from pipeline.statistics import ColumnSquares
 from tests import reference
+from tests.solving import solve
 
 HALF = Unstructured(ratio=0.5)
 
@@ -25,7 +26,7 @@ def inputs(num_features: int, seed: int = 0) -> torch.Tensor:
 def prune(weight_OD: torch.Tensor, x_TD: torch.Tensor, sparsity: Sparsity) -> PrunedLinear:
     squares = ColumnSquares.empty(x_TD.shape[1], x_TD.device)
     squares.update(x_TD)
-    return Wanda().solver(squares)(weight_OD, None, sparsity)
+    return solve(Wanda(), squares, weight_OD, sparsity)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 10), (17, 33), (40, 100)])

@@ -24,9 +24,9 @@ from pipeline import sparsity
 from pipeline.heap import give_back_freed_memory
 from pipeline.lazy_weights import made_on_demand
 from pipeline.methods import METHODS
-from pipeline.methods.step import BlockStep, MiniBatch
+from pipeline.methods.step import BlockStep, LinearView, MiniBatch
 from pipeline.sparsity import Unstructured
-from pipeline.statistics import ColumnSquares, Gram
+from pipeline.statistics import ColumnSquares, Gathered, Gram
 
 HALF = Unstructured(ratio=0.5)
 sparsity.SLAB_NUMEL = 1 << 20  # less than a linear, as in a large model
@@ -43,7 +43,7 @@ class Chain:
         noise = torch.randn(64, width)
         self.gram = Gram(noise.T @ noise, 64)
 
-    def mini_batches(self, size):
+    def mini_batches(self, size, order=None):
         return [MiniBatch(here=slice(0, 1), weight=1.0), MiniBatch(here=slice(1, 2), weight=1.0)]
 
     def sum(self, tensors):
@@ -52,18 +52,18 @@ class Chain:
     def statistic(self, name, kind):
         return self.squares if kind is ColumnSquares else self.gram
 
-    def output(self, weights, sequences):
+    def output(self, weights, sequences, others={}):
         with made_on_demand(self.net, {f"{name}.weight": make for name, make in weights.items()}):
             return self.net(self.hidden[sequences])
 
-    def target(self, sequences):
+    def target(self, sequences, stream):
         return self.net(self.hidden[sequences])
 
 def prune(step, chain):
     if isinstance(step, BlockStep):
         return step.prune(chain, HALF, lambda figures: None)
-    solve = step.solver(None if step.statistic is None else chain.statistic("0", step.statistic))
-    return [solve(weight, None, HALF) for weight in chain.weights.values()]
+    solve = step.solver(Gathered(chain.statistic("0", kind) for kind in step.statistics))
+    return [solve(LinearView(dense_OD=weight, sparsity=HALF)) for weight in chain.weights.values()]
 
 def status(key):
     line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(key))

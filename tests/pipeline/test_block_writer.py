@@ -10,11 +10,13 @@ from safetensors.torch import load_file, save_file
 from pipeline.block_writer import round_block, write_block
 from pipeline.checkpoint import Checkpoint
 from pipeline.linears import Linear, find_linears
-from pipeline.methods.step import PrunedLinear
+from pipeline.methods.step import PrunedBlock, PrunedLinear
 from pipeline.skeleton import Skeleton
+from pipeline.sparsity import Unstructured
 from tests.tiny import save_tiny
 
 CPU = torch.device("cpu")
+HALF = Unstructured(ratio=0.5)
 EXACT = [
     (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float32),
     (torch.float16, torch.float16), (torch.float32, torch.float32),
@@ -39,7 +41,7 @@ def source(family: str, stored: torch.dtype, directory: Path) -> Path:
     return directory
 
 
-def opened(directory: Path, compute: torch.dtype) -> tuple[Skeleton, list[Linear], dict[str, PrunedLinear]]:
+def opened(directory: Path, compute: torch.dtype) -> tuple[Skeleton, list[Linear], PrunedBlock]:
     """The first block, loaded, and masks that keep half of its weights."""
     checkpoint = Checkpoint.open(directory)
     skeleton = Skeleton(checkpoint, CPU, compute)
@@ -49,7 +51,8 @@ def opened(directory: Path, compute: torch.dtype) -> tuple[Skeleton, list[Linear
     masks = {n.name: torch.rand(n.weight(block).shape, generator=generator) < 0.5 for n in linears}
     for mask in masks.values():
         mask[:, 0] = True
-    return skeleton, linears, {name: PrunedLinear(keep_OD=mask) for name, mask in masks.items()}
+    pruned = {name: PrunedLinear(keep_OD=mask, sparsity=HALF) for name, mask in masks.items()}
+    return skeleton, linears, PrunedBlock(linears=pruned)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -66,7 +69,7 @@ def test_masked_weights_keep_the_bits_they_are_stored_in(
     records, _ = write_block(skeleton, 0, linears, pruned, tmp_path / "block.safetensors")
     written, names = load_file(tmp_path / "block.safetensors"), skeleton.block_names(0)
     for linear in linears:
-        name, keep = names[linear.parameter], linear.to_stored(pruned[linear.name].keep_OD)
+        name, keep = names[linear.parameter], linear.to_stored(pruned.linears[linear.name].keep_OD)
         assert written[name].dtype == stored
         assert torch.equal(bits(written[name]), torch.where(keep, bits(original[name]), 0))
         assert torch.equal(skeleton.blocks[0].get_parameter(linear.parameter).data, written[name].to(compute))
@@ -84,7 +87,7 @@ def test_where_the_block_holds_every_bit_the_source_is_not_read_again(
     shutil.rmtree(tmp_path / "model")
     round_block(skeleton, 0, linears, pruned)
     for linear in linears:
-        assert not linear.weight(skeleton.blocks[0])[~pruned[linear.name].keep_OD].any()
+        assert not linear.weight(skeleton.blocks[0])[~pruned.linears[linear.name].keep_OD].any()
 
 
 @pytest.mark.parametrize(("stored", "compute"), ROUNDED)
@@ -98,3 +101,18 @@ def test_what_is_put_into_a_block_elsewhere_is_what_was_written(
     round_block(other, 0, linears, pruned)
     for linear in linears:
         assert torch.equal(linear.weight(skeleton.blocks[0]), linear.weight(other.blocks[0]))
+
+
+def test_tuned_norms_are_written_in_their_dtype_and_put_into_the_block_on_every_replica(tmp_path: Path) -> None:
+    directory = source("llama", torch.bfloat16, tmp_path / "model")
+    skeleton, linears, masked = opened(directory, torch.float32)
+    name = "input_layernorm.weight"
+    value = torch.linspace(0.9, 1.1, skeleton.blocks[0].get_parameter(name).numel())
+    pruned = PrunedBlock(linears=masked.linears, others={name: value})
+    write_block(skeleton, 0, linears, pruned, tmp_path / "block.safetensors")
+    other, _, _ = opened(directory, torch.float32)
+    round_block(other, 0, linears, pruned)
+    written = load_file(tmp_path / "block.safetensors")[skeleton.block_names(0)[name]]
+    assert torch.equal(written, value.bfloat16())
+    for block in (skeleton.blocks[0], other.blocks[0]):
+        assert torch.equal(block.get_parameter(name).data, value.bfloat16().float())

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from pipeline import inputs
-from pipeline.activations import Boundary, StreamName, in_memory
+from pipeline.activations import Boundary, in_memory
 from pipeline.budget import Budget
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import NumericsError
 from pipeline.inputs import can_hold, embed_tokens, pass_dense_stream, run_dense_blocks
 from pipeline.memory import Memory, unlimited
 from pipeline.skeleton import Skeleton
+from pipeline.stream_names import StreamName
 from tests.stores import disk, everything
 from tests.tiny import save_tiny, some_tokens
 

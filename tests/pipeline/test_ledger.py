@@ -21,7 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import ConfigChanged, RunDirectoryError, RunLocked, StorageError
-from pipeline.ledger import Commit, Header, Ledger, LinearRecord, RunLock
+from pipeline.ledger import Ledger, RunLock
+from pipeline.records import Commit, Header, LinearRecord
 
 HEADER = Header(
     config={"prune": {"sparsity": 0.5, "recipe": ["besa"]}, "output": "runs/x"},
@@ -30,7 +31,7 @@ HEADER = Header(
 
 
 def make_commit(block: int, **changes: Any) -> Commit:
-    linear = LinearRecord(pruned=5, zeros=6, numel=10, rewritten=True, notes={"damping": 0.01})
+    linear = LinearRecord(pruned=5, zeros=6, numel=10, rewritten=True, notes={"damping": 0.01}, sparsity="0.5")
     commit = Commit(
         block=block, file=f"block-{block}.safetensors", sha256=hashlib.sha256(bytes([block])).hexdigest(),
         num_bytes=1000 + block, linears={"self_attn.q_proj": linear}, error=0.1 / 3, seconds={"prune": 1.5},

@@ -9,10 +9,10 @@ from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.methods.step import PrunedLinear
 from pipeline.methods.wanda import Wanda
 from pipeline.peers import Alone
+from pipeline.prune_block import apply_recipe
 from pipeline.recipe import Recipe
 from pipeline.sparsity import Unstructured
 from pipeline.statistics import ColumnSquares, Gram
-from pipeline.workbench import apply_recipe
 
 
 class Gated(nn.Module):
@@ -36,19 +36,19 @@ class Bench:
         with torch.no_grad(), self.collector.watching(block, to_the_end=True):
             block(torch.randn(3, 20, 8))
         self.weights = {linear.name: linear.weight(block) for linear in find_linears(block)}
-        self.groups, self.statistic = self.collector.groups, self.collector.statistic
-        self.forget = self.collector.forget
+        self.groups, self.gathered = self.collector.groups, self.collector.gathered
+        self.so_far: dict[str, PrunedLinear] = {}
         self.peers = Alone()
 
 
 def test_what_one_linear_forgets_all_that_share_its_input_forget() -> None:
     collector = Bench().collector
     assert [[linear.name for linear in group] for group in collector.groups()] == [["gate", "up"], ["down"]]
-    collector.forget("up", Gram)
+    collector.gathered("up").drop(Gram)
     with pytest.raises(KeyError):
-        collector.statistic("gate", Gram)
-    assert collector.statistic("gate", ColumnSquares).num_tokens == 60
-    assert collector.statistic("down", Gram).num_tokens == 60
+        collector.gathered("gate").of(Gram)
+    assert collector.gathered("gate").of(ColumnSquares).num_tokens == 60
+    assert collector.gathered("down").of(Gram).num_tokens == 60
 
 
 def test_a_statistic_stays_until_the_last_step_that_needs_it_has_run() -> None:
@@ -60,8 +60,8 @@ def test_a_statistic_stays_until_the_last_step_that_needs_it_has_run() -> None:
         assert torch.equal(again[name].keep_OD, linear.keep_OD)
         for kind in (ColumnSquares, Gram):
             with pytest.raises(KeyError):
-                bench.statistic(name, kind)
+                bench.gathered(name).of(kind)
 
 
 def _pruned(recipe: Recipe, bench: Bench) -> dict[str, PrunedLinear]:
-    return apply_recipe(recipe, Unstructured(ratio=0.5), bench, lambda figures: None)  # type: ignore[arg-type]
+    return apply_recipe(recipe, Unstructured(ratio=0.5), bench, lambda figures: None).linears  # type: ignore[arg-type]

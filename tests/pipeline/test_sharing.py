@@ -7,13 +7,14 @@ from hypothesis import strategies as st
 
 from pipeline.methods.magnitude import Magnitude
 from pipeline.methods.sparsegpt import SparseGPT
-from pipeline.methods.step import LinearStep, PrunedLinear
+from pipeline.methods.step import LinearStep, LinearView, PrunedLinear
 from pipeline.methods.wanda import Wanda
 from pipeline.peers import Alone
 from pipeline.sharing import share_out, solve_rows, spread
 from pipeline.sparsity import Sparsity, parse_sparsity
-from pipeline.statistics import ColumnSquares, Gram
+from pipeline.statistics import ColumnSquares, Gathered, Gram
 from tests.replicas import ThreadPeer, together
+from tests.solving import solve
 
 HALF = parse_sparsity(0.5)
 
@@ -44,10 +45,11 @@ def test_costs_are_given_to_whoever_has_least() -> None:
 @pytest.mark.parametrize("step", [Wanda(), Magnitude(scope="row")], ids=["wanda", "magnitude"])
 @pytest.mark.parametrize("num_rows", [1, 2, 7])
 def test_rows_shared_out_are_pruned_as_by_one(step: LinearStep, sparsity: Sparsity, num_rows: int) -> None:
-    weight_OD, solve = normal(num_rows, 16), step.solver(squares(16))
+    weight_OD, solve = normal(num_rows, 16), step.solver(Gathered([squares(16)]))
     assert step.rows_alone(sparsity)
-    alone = solve_rows(solve, weight_OD, None, sparsity, Alone())
-    for result in together(3, lambda peer: solve_rows(solve, weight_OD, None, sparsity, peer)):
+    view = LinearView(dense_OD=weight_OD, sparsity=sparsity)
+    alone = solve_rows(solve, view, Alone())
+    for result in together(3, lambda peer: solve_rows(solve, view, peer)):
         assert torch.equal(result.keep_OD, alone.keep_OD)
 
 
@@ -68,7 +70,7 @@ def test_what_one_has_solved_reaches_all_with_its_weights_and_notes(owner: int) 
     gram = Gram.empty(12, torch.device("cpu"))
     gram.update(normal(40, 12, seed=2))
     weight_OD = normal(5, 12)
-    solved = SparseGPT().solver(gram)(weight_OD, None, HALF)
+    solved = solve(SparseGPT(), gram, weight_OD, HALF)
 
     def receive(peer: ThreadPeer) -> PrunedLinear:
         return spread(solved if peer.rank == owner else None, weight_OD, peer, owner)

@@ -1,0 +1,64 @@
+"""What a ledger records: the settings of a run, and every block that is done."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+
+from pydantic import JsonValue
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearRecord:
+    """What was done to one linear; its counts are of weights."""
+
+    pruned: int  # that the keep mask drops
+    zeros: int  # as written: at least `pruned`, more where kept weights were zero already
+    numel: int
+    rewritten: bool  # kept weights were updated too, not only masked
+    notes: dict[str, float]  # what the method tells, e.g. the damping it needed
+    sparsity: str  # what it was pruned to: a fraction such as 0.5, or a pattern such as 2:4
+
+    def __post_init__(self) -> None:
+        counts = f"{self.pruned} pruned, {self.zeros} zeros, {self.numel} weights"
+        assert 0 <= self.pruned <= self.zeros <= self.numel, f"impossible counts: {counts}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit:
+    """One block is done: its shard is on disk, whole and final."""
+
+    block: int
+    file: str  # the shard's path, relative, and inside the directory it is relative to
+    sha256: str  # of the shard's bytes, in hex
+    num_bytes: int
+    linears: dict[str, LinearRecord]
+    error: float  # relative squared error of the pruned block's output on the block's own input
+    seconds: dict[str, float]  # by phase
+    tuned: list[str] = field(default_factory=list)  # other parameters of the block (norms, biases) with new values
+
+    def __post_init__(self) -> None:
+        path = PurePosixPath(self.file)
+        safe = path.parts and not path.is_absolute() and ".." not in path.parts
+        assert safe, f"{self.file!r} is no path inside a directory"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """What determines the bytes a run writes, and the versions it ran on, which are never compared."""
+
+    config: dict[str, JsonValue]  # resolved, as plain nested data
+    source: str  # fingerprint of the source checkpoint
+    calibration: str  # sha256 of the calibration tokens
+    versions: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) of config, source and calibration."""
+        identity = {"config": self.config, "source": self.source, "calibration": self.calibration}
+        return hashlib.sha256(canonical(identity)).hexdigest()
+
+
+def canonical(value: object) -> bytes:
+    """The one JSON spelling of plain data: sorted keys, no spaces, ASCII. `ValueError` at NaN and Inf."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
