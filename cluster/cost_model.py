@@ -7,10 +7,11 @@ this is right for SparseGPT (OPT-175B on an A100: 3.76 h, published about 4 h) a
 
 from dataclasses import dataclass
 
+import torch
+
 from cluster.job_shape import BlockCost, JobShape
-from pipeline.methods.besa import Besa
-from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.methods.step import Step
+from pipeline.planning.methods_work import count_prune
 from pipeline.planning.work import (
     Count,
     Linears,
@@ -18,7 +19,6 @@ from pipeline.planning.work import (
     Workload,
     count_collect,
     count_propagate,
-    count_prune,
     statistics_bytes,
 )
 from pipeline.recipe import Recipe
@@ -86,7 +86,7 @@ def shape_of_job(
         replicated=sum(_replicated_seconds(pruning, gpu) for pruning in prunings) / prune,
         gradient_bytes=max(pruning.gradient_bytes for pruning in prunings),
         num_updates=sum(pruning.num_updates for pruning in prunings),
-        working_bytes=work.num_weights + gathered + max(_step_bytes(work, step) for step in recipe.steps),
+        working_bytes=gathered + max(_step_bytes(work, step) for step in recipe.steps),
         activation_bytes=_activation_bytes(work),
     )
 
@@ -109,18 +109,11 @@ def _replicated_seconds(pruning: Pruning, gpu: Gpu) -> float:
 
 
 def _step_bytes(work: Workload, step: Step) -> int:
-    """Temporaries of a step, where blocks run."""
-    if isinstance(step, SparseGPT):
-        return 3 * 4 * max(work.widths) ** 2 + work.dtype_bytes * work.num_weights
-    if isinstance(step, Besa):
-        logits = 10 * count_prune(work, step).gradient_bytes
-        return (2 + work.dtype_bytes) * work.num_weights + logits + _selection_bytes(work)
-    return _selection_bytes(work)
-
-
-def _selection_bytes(work: Workload) -> int:
-    """Scores in float32 of the largest linear; what sorts them goes by slabs."""
-    return 4 * max(rows * columns for group in work.groups for rows, columns in group)
+    """What a step makes and holds, where blocks run."""
+    names = [[f"{i}.{j}" for j in range(len(group))] for i, group in enumerate(work.groups)]
+    pairs = zip(names, work.groups, strict=True)
+    shapes = {name: shape for own, group in pairs for name, shape in zip(own, group, strict=True)}
+    return step.working_bytes(shapes, names, torch.bfloat16 if work.dtype_bytes == 2 else torch.float32)
 
 
 def _activation_bytes(work: Workload) -> int:

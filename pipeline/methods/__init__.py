@@ -2,6 +2,7 @@
 
 from pipeline.methods.besa import Besa
 from pipeline.methods.magnitude import Magnitude
+from pipeline.methods.reconstruct import Reconstruct
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.methods.step import Step
 from pipeline.methods.wanda import Wanda
@@ -11,4 +12,5 @@ METHODS: dict[str, type[Step]] = {
     "wanda": Wanda,
     "sparsegpt": SparseGPT,
     "besa": Besa,
+    "reconstruct": Reconstruct,
 }

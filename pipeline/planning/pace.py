@@ -16,15 +16,14 @@ from pipeline.errors import StorageError
 from pipeline.meter import synchronise
 from pipeline.paging.pager import Pager
 from pipeline.planning.footprint import Choice
+from pipeline.planning.methods_work import SELECTION_BYTES, count_prune
 from pipeline.planning.probes import copy_speed, disk_speed, matmul_flops
 from pipeline.planning.scale import Scale
 from pipeline.planning.work import (
-    SELECTION_BYTES,
     Count,
     count_collect,
     count_commit,
     count_propagate,
-    count_prune,
     count_read,
 )
 from pipeline.sparsity import Unstructured, keep_by_row

@@ -6,29 +6,19 @@ cluster's forecast by those of an accelerator; so both are of one opinion about 
 N sequences of T tokens run through a block; a *group* is the linears that share one input.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
 
 from pipeline.linears import Linear
-from pipeline.methods.besa import Besa
-from pipeline.methods.row_sparsity import NUM_CANDIDATES
-from pipeline.methods.sparsegpt import SparseGPT
-from pipeline.methods.step import Step
 from pipeline.order import linears_to_prune
 from pipeline.recipe import Recipe
 from pipeline.statistics import Gram
 
 Linears = Sequence[tuple[int, int]]
 """Linears that share one input: (out features, in features) of each."""
-
-SELECTION_BYTES = 80
-"""Memory traffic per weight of choosing the smallest of each row: scores, and the passes of a sort."""
-
-MASK_STEP_BYTES = 18
-"""Memory traffic per weight and update of BESA: 16-bit ranks, the masked weight, its gradient."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,11 +170,6 @@ def count_collect(work: Workload, recipe: Recipe) -> Count:
     return Count(gemm=flops, gram=gram) + traffic
 
 
-def count_prune(work: Workload, step: Step) -> Pruning:
-    """Count one step of a recipe. A method that has no count of its own takes a selection among all weights."""
-    return _PRUNING.get(type(step), _selection)(work, step)
-
-
 def count_commit(work: Workload, recipe: Recipe) -> Count:
     """Count the writing of a block.
 
@@ -245,44 +230,3 @@ def _shape(weight_OD: torch.Tensor) -> tuple[int, int]:
 
 def _last_of(linears: Sequence[Linear], parent: str) -> str:
     return [n.name for n in linears if n.name.rpartition(".")[0] == parent][-1]
-
-
-def _selection(work: Workload, step: Step) -> Pruning:
-    """Replicas share the rows of each linear, and send each other the masks, a byte a weight."""
-    return Pruning(shared=Count(memory=SELECTION_BYTES * work.num_weights), solved_bytes=work.num_weights)
-
-
-def _sparsegpt(work: Workload, step: Step) -> Pruning:
-    """Replicas share the linears by input, and send each other masks and weights."""
-    return Pruning(
-        pieces=tuple(_sweep(group) for group in work.groups),
-        solved_bytes=(1 + work.dtype_bytes) * work.num_weights,
-    )
-
-
-def _sweep(group: Linears) -> Count:
-    """One factorisation and inverse for all linears of an input; then the columns of each, and their updates."""
-    width = group[0][1]
-    return Count(factor=4 / 3 * width**3, gram=float(weights_of(group) * width), columns=len(group) * width)
-
-
-def _besa(work: Workload, step: Step) -> Pruning:
-    """Forward and backward take three passes an epoch. Every replica ranks all weights."""
-    assert isinstance(step, Besa)
-    num_updates = step.epochs * -(-work.num_sequences // step.batch)
-    hidden_read = 2 * step.epochs * work.boundary_bytes  # inputs, and what they are to become
-    learning = Count(
-        gemm=3 * step.epochs * work.forward_flops,
-        memory=num_updates * MASK_STEP_BYTES * work.num_weights,
-        hidden_read=hidden_read,
-    )
-    rows = work.num_rows if step.granularity == "row" else sum(len(group) for group in work.groups)
-    return Pruning(
-        shared=learning,
-        repeated=Count(memory=SELECTION_BYTES * work.num_weights),
-        gradient_bytes=4 * NUM_CANDIDATES * rows,
-        num_updates=num_updates,
-    )
-
-
-_PRUNING: dict[type[Step], Callable[[Workload, Step], Pruning]] = {SparseGPT: _sparsegpt, Besa: _besa}

@@ -12,13 +12,12 @@ from pipeline.methods.magnitude import Magnitude
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.methods.step import Step
 from pipeline.methods.wanda import Wanda
+from pipeline.planning.methods_work import SELECTION_BYTES, count_prune
 from pipeline.planning.work import (
-    SELECTION_BYTES,
     Count,
     count_collect,
     count_commit,
     count_propagate,
-    count_prune,
     count_read,
     likely_groups,
     shapes_of,

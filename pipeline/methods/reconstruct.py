@@ -1,0 +1,203 @@
+"""Reconstruct: give the kept weights of a pruned block new values, so that it does again what the dense block did.
+
+The mask stays; the kept weights of all linears of the block, and where asked its norms and biases, go down the
+gradient of the block's reconstruction error together. Sources: Guo et al., "EBFT" (2402.12419), which tunes block by
+block; Shin et al., "Rethinking Pruning Large Language Models" (2406.15524), which shows what it can cost: the error on
+the calibration text falls faster than that on other text. So some sequences are held out, the error on them is
+measured after every pass, and the weights that did best there are the ones that stay: those that came in, if need be.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import cos, inf, pi
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+
+from pipeline.errors import NumericsError
+from pipeline.lazy_weights import Maker
+from pipeline.methods.step import (
+    BlockStep,
+    BlockView,
+    MiniBatch,
+    PrunedBlock,
+    PrunedLinear,
+    Report,
+    Shapes,
+    largest,
+    num_weights,
+)
+from pipeline.sparsity import Sparsity
+from pipeline.statistics import Statistic, relative_error
+from pipeline.stream_names import StreamName
+
+LEARNING_BYTES = 16
+"""Bytes a weight takes while it is learnt: its value in float32, its gradient, and Adam's two moments."""
+
+
+class Reconstruct(BlockStep):
+    """Tune the kept weights of a block against the dense block's outputs."""
+
+    accepts_mask: ClassVar[bool] = True
+    needs_mask: ClassVar[bool] = True
+    rewrites: ClassVar[bool] = True
+
+    target: StreamName = "dense"
+    """Stream on which the dense block makes the outputs to reproduce. `dense` also undoes what the blocks before have
+    done to the hidden states; `pruned` is one boundary less to hold, and a pass less over the model."""
+
+    epochs: int = Field(default=4, ge=1)
+    """Passes over the calibration sequences, at most."""
+
+    batch: int = Field(default=1, ge=1)
+    """Sequences per update, of each replica."""
+
+    rate: float = Field(default=0.003, gt=0)
+    """First step size of Adam, as a part of the root mean square of the weights that it tunes; it falls to 0 along a
+    cosine."""
+
+    norms: bool = False
+    """Whether norms and biases are tuned as well."""
+
+    held_out: float = Field(default=0.125, ge=0, lt=1)
+    """Part of the sequences that is not learnt from; 0: no check, and the last pass stays."""
+
+    seed: int = 0
+    """Of the order in which sequences are taken."""
+
+    @property
+    def statistics(self) -> tuple[type[Statistic], ...]:
+        """None: it sees the block's outputs themselves."""
+        return ()
+
+    def working_bytes(self, shapes: Shapes, groups: Sequence[Sequence[str]], dtype: torch.dtype) -> int:
+        """What learning takes, the best values so far, and one linear's weight as it runs with its gradient."""
+        return (LEARNING_BYTES + dtype.itemsize) * num_weights(shapes) + (2 * dtype.itemsize + 4) * largest(shapes)
+
+    def prune(self, block: BlockView, sparsity: Sparsity, report: Report) -> PrunedBlock:
+        """Return the block with the values that did best on the sequences held out."""
+        tuned = Tuned.of(block, norms=self.norms)
+        num_updates = block.num_mini_batches(self.batch)
+        num_held_out = min(round(self.held_out * num_updates), num_updates - 1)
+        learnt, held_out = range(num_updates - num_held_out), range(num_updates - num_held_out, num_updates)
+        optimizer = torch.optim.Adam(tuned.parameter_groups(self.rate), fused=True)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: (1 + cos(pi * step / (self.epochs * len(learnt)))) / 2
+        )
+        first = self._error(block, tuned, held_out) if held_out else inf
+        best, best_epoch, best_values = first, 0, tuned.values()
+        for epoch, order in enumerate(self._orders(len(learnt)), start=1):
+            learning = 0.0
+            for mini_batch in block.mini_batches(self.batch, order):
+                optimizer.zero_grad()
+                learning += self._accumulate(block, tuned, mini_batch) / len(learnt)
+                block.sum([p.grad for p in tuned.parameters() if p.grad is not None])
+                optimizer.step()
+                schedule.step()
+            error = self._error(block, tuned, held_out) if held_out else learning
+            report({"epoch": epoch, "error": learning, "held_out": error})
+            if error < best or not held_out:
+                best, best_epoch, best_values = error, epoch, tuned.values()
+        notes = {"epochs": float(best_epoch), "error_after": best}
+        return tuned.result(block, best_values, {**notes, "error_before": first} if held_out else notes)
+
+    def _orders(self, num_updates: int) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed)
+        for _ in range(self.epochs):
+            yield torch.randperm(num_updates, generator=generator).tolist()
+
+    def _loss(self, block: BlockView, tuned: "Tuned", mini_batch: MiniBatch) -> torch.Tensor:
+        """Relative error of the block on the sequences at hand."""
+        output = block.output(tuned.makers(), mini_batch.here, tuned.others)
+        loss = relative_error(output, block.target(mini_batch.here, self.target))
+        if not torch.isfinite(loss):
+            raise NumericsError(
+                f"reconstruct's error became {loss.item()}; hidden states of this block are not finite in this dtype: "
+                "use `compute.dtype: float32`, or lower `rate`"
+            )
+        return loss
+
+    def _accumulate(self, block: BlockView, tuned: "Tuned", mini_batch: MiniBatch) -> float:
+        """Add the gradient of one mini-batch's error; return the error."""
+        if mini_batch.weight == 0:
+            for parameter in tuned.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            return 0.0
+        loss = mini_batch.weight * self._loss(block, tuned, mini_batch)
+        torch.autograd.backward(loss)
+        return loss.item()
+
+    @torch.no_grad()
+    def _error(self, block: BlockView, tuned: "Tuned", updates: range) -> float:
+        """Return the mean error over some of the updates, of all replicas."""
+        total = torch.zeros(1, dtype=torch.float64, device=tuned.device)
+        for mini_batch in block.mini_batches(self.batch, updates):
+            if mini_batch.weight > 0:
+                total += mini_batch.weight * self._loss(block, tuned, mini_batch).double()
+        block.sum([total])
+        return total.item() / len(updates)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuned:
+    """The parameters that are learnt, in float32: the kept weights of every linear, and others by their name."""
+
+    weights: Mapping[str, torch.Tensor]
+    keep: Mapping[str, torch.Tensor]
+    others: Mapping[str, torch.Tensor]
+    dtype: torch.dtype
+    """In which the block runs."""
+
+    @classmethod
+    def of(cls, block: BlockView, *, norms: bool) -> "Tuned":
+        """Start from what the steps before have made of the block."""
+        weights, keep = {}, {}
+        for name, pruned in block.so_far.items():
+            kept = block.weights[name] if pruned.weight_OD is None else pruned.weight_OD
+            weights[name] = (kept.float() * pruned.keep_OD).requires_grad_()
+            keep[name] = pruned.keep_OD
+        others = {name: p.float().clone().requires_grad_() for name, p in block.others.items()} if norms else {}
+        return cls(weights=weights, keep=keep, others=others, dtype=next(iter(block.weights.values())).dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the block runs."""
+        return next(iter(self.weights.values())).device
+
+    def parameters(self) -> list[torch.Tensor]:
+        """Return all that is learnt."""
+        return [*self.weights.values(), *self.others.values()]
+
+    def parameter_groups(self, rate: float) -> list[dict[str, object]]:
+        """Return each parameter with a step size in proportion to its own root mean square, zeros left out."""
+        return [{"params": [p], "lr": rate * _root_mean_square(p)} for p in self.parameters()]
+
+    def makers(self) -> dict[str, Maker]:
+        """Return what makes each weight in the block's dtype; where it is pruned no gradient comes through."""
+        return {name: partial(_masked, p, self.keep[name], self.dtype) for name, p in self.weights.items()}
+
+    @torch.no_grad()
+    def values(self) -> list[torch.Tensor]:
+        """Return a copy of all values, in the block's dtype."""
+        return [p.to(self.dtype, copy=True) for p in self.parameters()]
+
+    def result(self, block: BlockView, values: Sequence[torch.Tensor], notes: Mapping[str, float]) -> PrunedBlock:
+        """Return the block with these values."""
+        named = zip([*self.weights, *self.others], values, strict=True)
+        by_name = dict(named)
+        linears = {
+            name: PrunedLinear(keep_OD=self.keep[name], weight_OD=by_name[name], notes=dict(notes))
+            for name in self.weights
+        }
+        return PrunedBlock(linears=linears, others={name: by_name[name] for name in self.others})
+
+
+def _masked(weight_OD: torch.Tensor, keep_OD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return (weight_OD * keep_OD).to(dtype)
+
+
+def _root_mean_square(parameter: torch.Tensor) -> float:
+    values = parameter.detach()
+    return (values.square().sum() / values.count_nonzero().clamp(min=1)).sqrt().item()

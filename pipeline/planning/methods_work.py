@@ -1,0 +1,85 @@
+"""What each method takes to prune a block, counted from shapes alone."""
+
+from collections.abc import Callable
+
+from pipeline.methods.besa import Besa
+from pipeline.methods.reconstruct import Reconstruct
+from pipeline.methods.row_sparsity import NUM_CANDIDATES
+from pipeline.methods.sparsegpt import SparseGPT
+from pipeline.methods.step import BlockStep, Step
+from pipeline.planning.work import Count, Linears, Pruning, Workload, weights_of
+
+SELECTION_BYTES = 80
+"""Memory traffic per weight of choosing the smallest of each row: scores, and the passes of a sort."""
+
+MASK_STEP_BYTES = 18
+"""Memory traffic per weight and update of BESA: 16-bit ranks, the masked weight, its gradient."""
+
+LEARNING_STEP_BYTES = 48
+"""Memory traffic per weight and update of reconstruct: value, gradient and moments, read and written, in float32."""
+
+
+def count_prune(work: Workload, step: Step) -> Pruning:
+    """Count one step of a recipe. A method that has no count of its own takes a selection among all weights."""
+    return _PRUNING.get(type(step), _selection)(work, step)
+
+
+def _selection(work: Workload, step: Step) -> Pruning:
+    """Replicas share the rows of each linear, and send each other the masks, a byte a weight."""
+    return Pruning(shared=Count(memory=SELECTION_BYTES * work.num_weights), solved_bytes=work.num_weights)
+
+
+def _sparsegpt(work: Workload, step: Step) -> Pruning:
+    """Replicas share the linears by input, and send each other masks and weights."""
+    return Pruning(
+        pieces=tuple(_sweep(group) for group in work.groups),
+        solved_bytes=(1 + work.dtype_bytes) * work.num_weights,
+    )
+
+
+def _sweep(group: Linears) -> Count:
+    """One factorisation and inverse for all linears of an input; then the columns of each, and their updates."""
+    width = group[0][1]
+    return Count(factor=4 / 3 * width**3, gram=float(weights_of(group) * width), columns=len(group) * width)
+
+
+def _learning(work: Workload, step: BlockStep, step_bytes: int) -> Count:
+    """Forward and backward take three passes an epoch, and read inputs and what they are to become."""
+    return Count(
+        gemm=3 * step.epochs * work.forward_flops,
+        memory=_num_updates(work, step) * step_bytes * work.num_weights,
+        hidden_read=2 * step.epochs * work.boundary_bytes,
+    )
+
+
+def _num_updates(work: Workload, step: BlockStep) -> int:
+    return step.epochs * -(-work.num_sequences // step.batch)
+
+
+def _besa(work: Workload, step: Step) -> Pruning:
+    """Every replica ranks all weights."""
+    assert isinstance(step, Besa)
+    rows = work.num_rows if step.granularity == "row" else sum(len(group) for group in work.groups)
+    return Pruning(
+        shared=_learning(work, step, MASK_STEP_BYTES),
+        repeated=Count(memory=SELECTION_BYTES * work.num_weights),
+        gradient_bytes=4 * NUM_CANDIDATES * rows,
+        num_updates=_num_updates(work, step),
+    )
+
+
+def _reconstruct(work: Workload, step: Step) -> Pruning:
+    """Replicas sum the gradients of all weights in every update."""
+    assert isinstance(step, Reconstruct)
+    return Pruning(
+        shared=_learning(work, step, LEARNING_STEP_BYTES),
+        gradient_bytes=4 * work.num_weights,
+        num_updates=_num_updates(work, step),
+    )
+
+
+_PRUNING: dict[type[Step], Callable[[Workload, Step], Pruning]] = {
+    SparseGPT: _sparsegpt,
+    Besa: _besa,
+    Reconstruct: _reconstruct,
+}
