@@ -129,3 +129,84 @@ def relative_error(output_BTC: torch.Tensor, target_BTC: torch.Tensor) -> float:
         norm = (target[..., c] ** 2).sum()
         ratios.append(((output[..., c] - target[..., c]) ** 2).sum() / norm if norm > 0 else 0.0)
     return float(numpy.mean(ratios))
+
+
+# ------------------------------------------------------------------------------------------------ ADMM, least squares
+
+
+def power_hessian(gram_DD: torch.Tensor, damping: float) -> torch.Tensor:
+    """Return G with `damping` times its own diagonal added to it: a ridge in units of each feature's power."""
+    gram_DD = gram_DD.double()
+    return gram_DD + damping * torch.diag(gram_DD.diagonal())
+
+
+def squared_error(weight_OD: torch.Tensor, dense_OD: torch.Tensor, hessian_DD: torch.Tensor) -> torch.Tensor:
+    """Return (w - b) H (w - b)^T of every row, float64 [O]."""
+    change_OD = weight_OD.double() - dense_OD.double()
+    return ((change_OD @ hessian_DD) * change_OD).sum(dim=1)
+
+
+def fitted_rows(dense_OD: torch.Tensor, keep_OD: torch.Tensor, hessian_DD: torch.Tensor) -> torch.Tensor:
+    """Return the weights of least squared error under a mask: one least-squares problem a row, over what it keeps.
+
+    With H = L L^T, the error of a row is |L^T (w - b)|^2.
+    """
+    root_DD = torch.linalg.cholesky(hessian_DD).T
+    fitted_OD = torch.zeros_like(dense_OD, dtype=torch.float64)
+    for row, keep_D in enumerate(keep_OD):
+        aim_D1 = (root_DD @ dense_OD[row].double())[:, None]
+        fitted_OD[row, keep_D] = torch.linalg.lstsq(root_DD[:, keep_D], aim_D1).solution[:, 0]
+    return fitted_OD
+
+
+Masking = Callable[[int, torch.Tensor], torch.Tensor]
+"""Asked at every step, counted from 0, for the keep_OD of these scores."""
+
+
+def admm(
+    dense_OD: torch.Tensor, gram_DD: torch.Tensor, damping: float, choose: Masking, num_steps: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """ADMM of Boža with its three variables written out, rho = 1; returns the sparse copy and its mask.
+
+    Transposed against the paper: a row here is a column there.
+    """
+    norm_D = gram_DD.double().diagonal().sqrt()
+    scaled_DD = gram_DD.double() / torch.outer(norm_D, norm_D) + damping * torch.eye(len(norm_D), dtype=torch.float64)
+    inverse_DD = torch.linalg.inv(scaled_DD + torch.eye(len(norm_D), dtype=torch.float64))
+    weight_OD = dense_OD.double() * norm_D
+    product_OD = weight_OD @ scaled_DD
+    multiplier_OD = torch.zeros_like(weight_OD)
+    for step in range(num_steps):
+        keep_OD = choose(step, (weight_OD + multiplier_OD).abs())
+        copy_OD = torch.where(keep_OD, weight_OD + multiplier_OD, 0.0)
+        multiplier_OD = multiplier_OD + weight_OD - copy_OD
+        weight_OD = (product_OD + copy_OD - multiplier_OD) @ inverse_DD
+    return torch.where(keep_OD, weight_OD + multiplier_OD, 0.0) / norm_D, keep_OD
+
+
+def alps(
+    dense_OD: torch.Tensor, gram_DD: torch.Tensor, damping: float, choose: Masking, num_steps: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """ADMM of ALPS (algorithm 1) with the multiplier in its own units; returns the sparse copy and its mask."""
+    norm_D = gram_DD.double().diagonal().sqrt()
+    one_DD = torch.eye(len(norm_D), dtype=torch.float64)
+    scaled_DD = gram_DD.double() / torch.outer(norm_D, norm_D) + damping * one_DD
+    start_OD, rho = dense_OD.double() * norm_D, 0.1
+    multiplier_OD = torch.zeros_like(start_OD)
+    keep_OD = before_OD = choose(0, start_OD.abs())
+    copy_OD = torch.where(keep_OD, start_OD, 0.0)
+    for step in range(1, num_steps + 1):
+        inverse_DD = torch.linalg.inv(scaled_DD + rho * one_DD)
+        weight_OD = (start_OD @ scaled_DD - multiplier_OD + rho * copy_OD) @ inverse_DD
+        moved_OD = weight_OD + multiplier_OD / rho
+        keep_OD = choose(step, moved_OD.abs())
+        copy_OD = torch.where(keep_OD, moved_OD, 0.0)
+        multiplier_OD = multiplier_OD + rho * (weight_OD - copy_OD)
+        if step % 3 == 0:
+            changed = int((keep_OD != before_OD).sum())
+            if changed == 0:
+                break
+            share = changed / int(keep_OD.sum())
+            rho *= 1.3 if share > 0.1 else 1.2 if share > 0.005 else 1.1
+            before_OD = keep_OD
+    return copy_OD / norm_D, keep_OD

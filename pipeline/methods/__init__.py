@@ -1,5 +1,7 @@
 """Every pruning method by its name in a recipe. A new method is one file here and one line in this table."""
 
+from pipeline.methods.admm import Admm
+from pipeline.methods.alps import Alps
 from pipeline.methods.besa import Besa
 from pipeline.methods.magnitude import Magnitude
 from pipeline.methods.reconstruct import Reconstruct
@@ -13,4 +15,6 @@ METHODS: dict[str, type[Step]] = {
     "sparsegpt": SparseGPT,
     "besa": Besa,
     "reconstruct": Reconstruct,
+    "admm": Admm,
+    "alps": Alps,
 }

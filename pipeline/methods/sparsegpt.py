@@ -9,21 +9,17 @@ an N:M solve per row and group, each from weights that have already absorbed the
 an earlier step is kept and only the update is done.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from pydantic import Field
 
-from pipeline.errors import NumericsError
+from pipeline.methods.factorise import DAMPING_LIMIT, with_damping_enough
 from pipeline.methods.step import LinearStep, LinearView, PrunedLinear, Shapes, Solver
-from pipeline.numerics import all_finite
 from pipeline.sparsity import SemiStructured, Sparsity, Unstructured, keep_highest
 from pipeline.statistics import Gathered, Gram, Statistic
-
-DAMPING_LIMIT = 1.0
-"""Above this multiple of the mean diagonal the damped Hessian says little of the data: give up instead."""
 
 SWEPT_NUMEL = 1 << 26
 """Weights swept at once where rows are alone: 256 MB of float32, and few enough sweeps to keep a device busy."""
@@ -46,14 +42,6 @@ class InverseFactor:
     """Multiple of the mean diagonal that was added for the factorisation to succeed."""
 
 
-def rising(damping: float) -> Iterator[float]:
-    """Yield a damping, ten times it, and so on up to the limit itself."""
-    while damping < DAMPING_LIMIT:
-        yield damping
-        damping *= 10
-    yield DAMPING_LIMIT
-
-
 def inverse_factor(gram_DD: torch.Tensor, damping: float) -> InverseFactor:
     """Factorise the inverse of a Gram matrix [D, D], multiplying the damping by 10 until it succeeds.
 
@@ -65,15 +53,10 @@ def inverse_factor(gram_DD: torch.Tensor, damping: float) -> InverseFactor:
     diagonal_D = gram_DD.diagonal()
     dead_D = diagonal_D == 0
     mean = diagonal_D.mean().item() or 1.0
-    for used in rising(damping):
-        upper_DD = _factorise(gram_DD, used * mean + dead_D.float() * mean)
-        if upper_DD is not None and all_finite(upper_DD):
-            return InverseFactor(upper_DD=upper_DD, dead_D=dead_D, damping=used)
-    raise NumericsError(
-        f"the Gram matrix of {len(dead_D)} input features could not be factorised with any damping from "
-        f"{damping:g} to {DAMPING_LIMIT:g} of its mean diagonal {mean:.3g}; use more calibration tokens, or "
-        "a method without a factorisation (wanda, besa)"
+    upper_DD, used = with_damping_enough(
+        lambda d: _factorise(gram_DD, d * mean + dead_D.float() * mean), damping, diagonal_D
     )
+    return InverseFactor(upper_DD=upper_DD, dead_D=dead_D, damping=used)
 
 
 def _factorise(gram_DD: torch.Tensor, added_D: torch.Tensor) -> torch.Tensor | None:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+from pipeline.methods.admm import Admm
+from pipeline.methods.alps import Alps
 from pipeline.methods.besa import Besa
 from pipeline.methods.reconstruct import Reconstruct
 from pipeline.methods.row_sparsity import NUM_CANDIDATES
@@ -29,18 +31,21 @@ def _selection(work: Workload, step: Step) -> Pruning:
     return Pruning(shared=Count(memory=SELECTION_BYTES * work.num_weights), solved_bytes=work.num_weights)
 
 
-def _sparsegpt(work: Workload, step: Step) -> Pruning:
+def _by_input(work: Workload, step: Step) -> Pruning:
     """Replicas share the linears by input, and send each other masks and weights."""
     return Pruning(
-        pieces=tuple(_sweep(group) for group in work.groups),
+        pieces=tuple(_solve(step, group) for group in work.groups),
         solved_bytes=(1 + work.dtype_bytes) * work.num_weights,
     )
 
 
-def _sweep(group: Linears) -> Count:
-    """One factorisation and inverse for all linears of an input; then the columns of each, and their updates."""
+def _solve(step: Step, group: Linears) -> Count:
+    """Factorise and invert for the linears of an input; then sweep their columns, or multiply them again and again."""
     width = group[0][1]
-    return Count(factor=4 / 3 * width**3, gram=float(weights_of(group) * width), columns=len(group) * width)
+    factor, product = 4 / 3 * width**3, 2.0 * weights_of(group) * width
+    if isinstance(step, Admm | Alps):
+        return Count(factor=factor * step.num_inverses(len(group)), gram=product * step.num_products)
+    return Count(factor=factor, gram=product / 2, columns=len(group) * width)
 
 
 def _learning(work: Workload, step: BlockStep, step_bytes: int) -> Count:
@@ -79,7 +84,9 @@ def _reconstruct(work: Workload, step: Step) -> Pruning:
 
 
 _PRUNING: dict[type[Step], Callable[[Workload, Step], Pruning]] = {
-    SparseGPT: _sparsegpt,
+    SparseGPT: _by_input,
+    Admm: _by_input,
+    Alps: _by_input,
     Besa: _besa,
     Reconstruct: _reconstruct,
 }

@@ -29,7 +29,7 @@ class Count:
     """Operations of a block's matrix products, in its dtype."""
 
     gram: float = 0.0
-    """Operations of float32 products: Gram matrices, and SparseGPT's updates."""
+    """Operations of float32 products: Gram matrices, and the updates of methods that use them."""
 
     factor: float = 0.0
     """Operations of float32 factorisations."""

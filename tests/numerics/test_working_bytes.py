@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from pipeline.methods import METHODS
+from pipeline.methods.admm import Admm
+from pipeline.methods.alps import Alps
 from pipeline.methods.besa import Besa
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.statistics import ColumnSquares, Gram
@@ -29,6 +31,7 @@ from pipeline.sparsity import Unstructured
 from pipeline.statistics import ColumnSquares, Gathered, Gram
 
 HALF = Unstructured(ratio=0.5)
+SHORT = {"admm": {"choosing": 2, "refining": 2}, "alps": {"limit": 3, "refining": 2}}  # each step holds as much
 sparsity.SLAB_NUMEL = 1 << 20  # less than a linear, as in a large model
 
 class Chain:
@@ -74,16 +77,17 @@ torch.set_num_threads(1)
 warm, chain = Chain(64), Chain(int(sys.argv[1]))
 shapes, measured = {name: tuple(weight.shape) for name, weight in chain.weights.items()}, {}
 for name, method in METHODS.items():
+    step = method(**SHORT.get(name, {}))
     with torch.set_grad_enabled(issubclass(method, BlockStep)):
-        prune(method(), warm)
+        prune(step, warm)
         gc.collect()
         give_back_freed_memory()
         before = status("VmRSS:")
         Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark starts anew
-        results = prune(method(), chain)
+        results = prune(step, chain)
         peak = status("VmHWM:") - before
         del results
-    measured[name] = peak, method().working_bytes(shapes, [list(shapes)], torch.bfloat16)
+    measured[name] = peak, step.working_bytes(shapes, [list(shapes)], torch.bfloat16)
 print(json.dumps(measured))
 """
 WIDTH = 1536
@@ -132,3 +136,16 @@ def test_sparsegpt_never_holds_more_than_two_matrices_of_an_input_beside_its_res
     results = sum(rows * columns for rows, columns in SHAPES.values()) * 3
     held = SparseGPT().working_bytes(SHAPES, GROUPS, torch.bfloat16)
     assert held < results + 2 * Gram.bytes_of(28672)
+
+
+def test_admm_holds_no_whole_linear_in_float32_unless_the_scope_is_the_matrix() -> None:
+    results, largest = sum(rows * columns for rows, columns in SHAPES.values()) * 3, 28672 * 8192
+    held = Admm().working_bytes(SHAPES, GROUPS, torch.bfloat16)
+    assert held < results + 2 * Gram.bytes_of(28672)
+    assert Admm(scope="matrix").working_bytes(SHAPES, GROUPS, torch.bfloat16) > results + 25 * largest
+
+
+def test_alps_holds_a_whole_linear_and_two_matrices() -> None:
+    results, largest = sum(rows * columns for rows, columns in SHAPES.values()) * 3, 28672 * 8192
+    held = Alps().working_bytes(SHAPES, GROUPS, torch.bfloat16)
+    assert held <= results + 2 * Gram.bytes_of(28672) + 30 * largest

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from pipeline.checkpoint import Checkpoint
+from pipeline.methods.admm import Admm
+from pipeline.methods.alps import Alps
 from pipeline.methods.besa import Besa
 from pipeline.methods.magnitude import Magnitude
 from pipeline.methods.sparsegpt import SparseGPT
@@ -86,6 +88,17 @@ def test_sparsegpt_is_pieces_of_which_the_widest_input_is_the_largest() -> None:
     assert pruning.pieces[-1].factor == pytest.approx(4 / 3 * F**3)
     assert pruning.whole.columns == 3 * D + D + 2 * D + F
     assert pruning.solved_bytes == 3 * LLAMA_70B.num_weights
+
+
+def test_admm_multiplies_every_row_as_often_as_it_is_asked_and_alps_inverts_for_every_linear() -> None:
+    admm, longer = (count_prune(LLAMA_70B, Admm(refining=n)) for n in (5, 25))
+    assert longer.whole.gram - admm.whole.gram == pytest.approx(
+        20 * 2 * sum(rows * columns**2 for group in LLAMA_70B.groups for rows, columns in group)
+    )
+    assert admm.pieces[-1].factor == pytest.approx(4 / 3 * F**3)
+    assert admm.solved_bytes == 3 * LLAMA_70B.num_weights
+    alps = count_prune(LLAMA_70B, Alps(limit=6))
+    assert alps.pieces[0].factor == pytest.approx(3 * 3 * 4 / 3 * D**3)
 
 
 @pytest.mark.parametrize("step", [Wanda(), Magnitude()])
