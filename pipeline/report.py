@@ -52,6 +52,9 @@ class Report:
     notes: dict[str, float]
     """Extremes of what the methods noted, such as the largest damping."""
 
+    linears: dict[str, dict[str, float]]
+    """All that they noted (swaps, errors, damping), by block and linear: `3.mlp.up_proj`."""
+
     @property
     def achieved(self) -> float:
         """Fraction of prunable weights removed."""
@@ -91,6 +94,12 @@ def build_report(
         traffic=asdict(traffic),
         planned=planned,
         notes=_extremes(records),
+        linears={
+            f"{commit.block}.{name}": record.notes
+            for commit in commits
+            for name, record in commit.linears.items()
+            if record.notes
+        },
     )
 
 

@@ -96,9 +96,14 @@ def row_slabs(num_rows: int, num_columns: int) -> Iterator[slice]:
         yield slice(start, min(start + rows_per_slab, num_rows))
 
 
+def in_slab(numel: int) -> int:
+    """Return how many entries the largest slab has of a matrix with so many (of rows that are no longer)."""
+    return min(numel, SLAB_NUMEL)
+
+
 def selection_bytes(num_scores: int) -> int:
     """Return the temporaries of choosing or ranking by row among that many scores (their float32 included)."""
-    return SELECTION_BYTES * min(num_scores, SLAB_NUMEL)
+    return SELECTION_BYTES * in_slab(num_scores)
 
 
 def kept_in_rows(keep_RN: torch.Tensor) -> torch.Tensor:

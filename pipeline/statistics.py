@@ -72,6 +72,13 @@ class Gathered:
         del self._by_kind[kind]
 
 
+def _double_slabs(x_TD: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield the tokens in float64, a slab at a time."""
+    slab_numel = CPU_SLAB_NUMEL if x_TD.device.type == "cpu" else SLAB_NUMEL
+    for slab_TD in torch.split(x_TD, max(1, slab_numel // x_TD.shape[1])):
+        yield slab_TD.double()
+
+
 class ColumnSquares:
     """Sum of squares of every input feature: `squares_D[j] = sum_t x[t, j]^2`, in float64.
 
@@ -94,9 +101,8 @@ class ColumnSquares:
 
     def update(self, x_TD: torch.Tensor) -> None:
         """Add the tokens of one batch, in float64, a slab of tokens at a time."""
-        slab_numel = CPU_SLAB_NUMEL if x_TD.device.type == "cpu" else SLAB_NUMEL
-        for slab_TD in torch.split(x_TD, max(1, slab_numel // x_TD.shape[1])):
-            self.squares_D += slab_TD.double().square().sum(dim=0)
+        for slab_TD in _double_slabs(x_TD):
+            self.squares_D += slab_TD.square().sum(dim=0)
         self.num_tokens += x_TD.shape[0]
 
     def merge(self, other: Self) -> None:
@@ -110,6 +116,68 @@ class ColumnSquares:
 
     def is_finite(self) -> bool:
         """Tell whether every sum is finite."""
+        return all_finite(self.squares_D)
+
+
+class Moments:
+    """Sum, and sum of squares, of every input feature, and the count of tokens, in float64.
+
+    The count is a tensor, `count_1`, so that replicas sum it with the rest; `num_tokens` stays that of the tokens seen
+    here.
+    """
+
+    def __init__(self, sums_D: torch.Tensor, squares_D: torch.Tensor, count_1: torch.Tensor, num_tokens: int) -> None:
+        self.sums_D, self.squares_D, self.count_1 = sums_D, squares_D, count_1
+        self.num_tokens = num_tokens
+
+    @property
+    def mean_D(self) -> torch.Tensor:
+        """Return the mean over all tokens, float64."""
+        return self.sums_D / self.count_1
+
+    @property
+    def mean_squares_D(self) -> torch.Tensor:
+        """Return the mean of squares over all tokens, float64."""
+        return self.squares_D / self.count_1
+
+    @property
+    def variance_D(self) -> torch.Tensor:
+        """Return the (population) variance over all tokens, float64; rounding leaves it at 1e-16 of the mean square."""
+        return (self.mean_squares_D - self.mean_D.square()).clamp_(min=0)
+
+    @classmethod
+    def empty(cls, num_features: int, device: torch.device) -> Self:
+        """Return the statistic of no tokens."""
+        sums_D, squares_D, count_1 = (
+            torch.zeros(size, dtype=torch.float64, device=device) for size in (num_features, num_features, 1)
+        )
+        return cls(sums_D, squares_D, count_1, 0)
+
+    @classmethod
+    def bytes_of(cls, num_features: int) -> int:
+        """Return 16 bytes a feature, and the count's 8."""
+        return 16 * num_features + 8
+
+    def update(self, x_TD: torch.Tensor) -> None:
+        """Add the tokens of one batch, in float64, a slab of tokens at a time."""
+        for slab_TD in _double_slabs(x_TD):
+            self.sums_D += slab_TD.sum(dim=0)
+            self.squares_D += slab_TD.square().sum(dim=0)
+        self.count_1 += x_TD.shape[0]
+        self.num_tokens += x_TD.shape[0]
+
+    def merge(self, other: Self) -> None:
+        """Add the tokens another statistic has seen."""
+        for mine, theirs in zip(self.sums(), other.sums(), strict=True):
+            mine += theirs
+        self.num_tokens += other.num_tokens
+
+    def sums(self) -> list[torch.Tensor]:
+        """Return the sums, the sums of squares and the count."""
+        return [self.sums_D, self.squares_D, self.count_1]
+
+    def is_finite(self) -> bool:
+        """Tell whether every sum is finite (a NaN or Inf input always reaches the squares)."""
         return all_finite(self.squares_D)
 
 

@@ -8,6 +8,7 @@ C = channels, R = columns still to come.
 """
 
 from collections.abc import Callable, Sequence
+from math import inf
 
 import numpy
 import torch
@@ -210,3 +211,82 @@ def alps(
             rho *= 1.3 if share > 0.1 else 1.2 if share > 0.005 else 1.1
             before_OD = keep_OD
     return copy_OD / norm_D, keep_OD
+
+
+# ------------------------------------------------------------------------------------------------------------- DSnoT
+
+
+def dsnot_row(
+    dense: Sequence[float],
+    present: Sequence[float],
+    keep: Sequence[bool],
+    x_TD: torch.Tensor,
+    *,
+    cycles: int,
+    tolerance: float,
+    overshoot: bool,
+    group: int | None = None,
+) -> list[bool]:
+    """Swap one row's weights as Zhang et al. do; present: kept weights as they are; group: that of an N:M pattern."""
+    exact_TD, columns = x_TD.double(), range(len(dense))
+    mean, norm = exact_TD.mean(dim=0).tolist(), exact_TD.square().sum(dim=0).sqrt().tolist()
+    variance = exact_TD.var(dim=0, correction=0).tolist()
+    value = [present[j] if keep[j] else dense[j] for j in columns]
+    error = first = sum((dense[j] - (present[j] if keep[j] else 0)) * mean[j] for j in columns)
+    may_grow, may_go = {j for j in columns if not keep[j]}, {j for j in columns if keep[j]}
+    for _ in range(cycles):
+        if abs(error) <= tolerance:
+            break
+        growing = [j for j in may_grow if value[j] * mean[j] * error > 0]
+        if not growing:
+            break
+        grown = max(growing, key=lambda j: abs(value[j] * mean[j]) / (variance[j] or 1e-300))
+        inside = [j for j in may_go if group is not None and j // group == grown // group]
+        going = [j for j in may_go if value[j] * mean[j] * error < 0] if group is None else inside
+        if not going:
+            break
+        gone = min(going, key=lambda j: abs(value[j]) * norm[j])
+        after = error - value[grown] * mean[grown] + value[gone] * mean[gone]
+        if not overshoot and after * first <= 0:
+            break
+        error = after
+        may_grow.remove(grown)
+        may_go.remove(gone)
+    return [j in may_go or not (keep[j] or j in may_grow) for j in columns]
+
+
+def squared_error_row(
+    dense: Sequence[float],
+    present: Sequence[float],
+    keep: Sequence[bool],
+    gram_DD: torch.Tensor,
+    *,
+    cycles: int,
+    least_gain: float,
+    group: int,
+) -> list[bool]:
+    """Swap one row's weights, each time what most lowers d G d^T, found by trying: first who grows, then who goes."""
+    dense_D, columns = torch.tensor(dense, dtype=torch.float64), range(len(dense))
+    present_D = torch.tensor([present[j] if keep[j] else dense[j] for j in columns], dtype=torch.float64)
+
+    def error(kept: set[int]) -> float:
+        missing_D = dense_D - present_D * torch.tensor([j in kept for j in columns])
+        return float(missing_D @ gram_DD.double() @ missing_D)
+
+    kept = {j for j in columns if keep[j]}
+    now = first = error(kept)
+    for _ in range(cycles):
+        alone = {j: error(kept ^ {j}) for j in columns}
+        partners = {
+            g: min((alone[p] for p in kept if p // group == g), default=inf) for g in range(len(dense) // group)
+        }
+        able = [j for j in columns if j not in kept and partners[j // group] < inf]
+        if not able:
+            break
+        grown = min(able, key=lambda j: alone[j] + partners[j // group])
+        after = {p: error(kept ^ {grown, p}) for p in kept if p // group == grown // group}
+        gone = min(after, key=lambda p: after[p])
+        if now - after[gone] <= least_gain * first:
+            break
+        kept, now = kept ^ {grown, gone}, after[gone]
+    return [j in kept for j in columns]

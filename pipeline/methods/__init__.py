@@ -3,6 +3,7 @@
 from pipeline.methods.admm import Admm
 from pipeline.methods.alps import Alps
 from pipeline.methods.besa import Besa
+from pipeline.methods.dsnot import Dsnot
 from pipeline.methods.magnitude import Magnitude
 from pipeline.methods.reconstruct import Reconstruct
 from pipeline.methods.sparsegpt import SparseGPT
@@ -17,4 +18,5 @@ METHODS: dict[str, type[Step]] = {
     "reconstruct": Reconstruct,
     "admm": Admm,
     "alps": Alps,
+    "dsnot": Dsnot,
 }

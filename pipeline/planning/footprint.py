@@ -22,7 +22,7 @@ from pipeline.memory_config import Tier
 from pipeline.methods.step import Step
 from pipeline.planning.scale import Scale
 from pipeline.planning.work import statistics_bytes
-from pipeline.statistics import SLAB_NUMEL, ColumnSquares, Gram
+from pipeline.statistics import SLAB_NUMEL, ColumnSquares, Gram, Moments
 
 PAGE = 4096
 """Hidden states of each sequence lie at a multiple of it in the spool."""
@@ -185,7 +185,7 @@ def _statistics(scale: Scale) -> Iterator[Held]:
     inputs = _batch_tokens(scale) * max(scale.work.widths)
     if Gram in scale.recipe.statistics and scale.dtype != torch.float32:
         yield _on_device("inputs in float32", 4 * inputs)
-    if ColumnSquares in scale.recipe.statistics and not scale.unified:
+    if {ColumnSquares, Moments}.intersection(scale.recipe.statistics) and not scale.unified:
         yield _on_device("inputs in float64, and their squares", 16 * min(inputs, SLAB_NUMEL))
 
 

@@ -16,6 +16,7 @@ REPORT = Report(
     seconds={"read": 1.0, "collect": 20.0, "prune": 61.0, "commit": 2.0, "propagate": 10.0},
     forward_equivalents=9.4, peak_host_bytes=1_234_000_000, peak_device_bytes=0,
     notes={"damping": 0.1, "row_sparsity_min": 0.38},
+    linears={"0.mlp.up_proj": {"damping": 0.1}},
     peaks={"host": {"prune": 1_234_000_000}, "device": {}},
     traffic={"weights_read": 0.0, "waited_for_weights": 1.5, "waited_for_hidden": 0.5},
     planned={"host_bytes": {"planned": 1.2e9, "measured": 1.234e9, "ratio": 1.028}},

@@ -48,6 +48,11 @@ CASES = {
     "besa by linear": Case(recipe=[{"besa": {"granularity": "linear", "target": "dense"}}], unit="block"),
     "wanda, sparsegpt": Case(recipe=["wanda", "sparsegpt"], unit="row", rewrites=True),
     "besa, sparsegpt": Case(recipe=["besa", "sparsegpt"], unit="block", rewrites=True),
+    "wanda, dsnot": Case(recipe=["wanda", "dsnot"], unit="row"),
+    "wanda, dsnot by mean": Case(recipe=["wanda", {"dsnot": {"criterion": "mean", "guard": "none"}}], unit="row"),
+    "wanda, dsnot 2:4": Case(recipe=["wanda", "dsnot"], sparsity="2:4", unit="group"),
+    "besa, dsnot": Case(recipe=["besa", "dsnot"], unit="block"),
+    "sparsegpt, dsnot": Case(recipe=["sparsegpt", "dsnot"], unit="matrix", rewrites=True),
 }
 
 
@@ -126,6 +131,15 @@ def test_sparsegpt_after_another_method_keeps_its_masks_and_updates_the_weights(
     for name in in_first_block:
         assert torch.equal(alone[name] != 0, followed[name] != 0), name
         assert not torch.equal(alone[name], followed[name]), name
+
+
+def test_the_report_tells_the_swaps_and_errors_of_every_linear(base: Path, tmp_path: Path) -> None:
+    report = carry_out(job(base / "llama", tmp_path, ["wanda", "dsnot"], evaluate=None))
+    assert {f"{block}.mlp.up_proj" for block in range(3)} < set(report.linears)
+    for notes in report.linears.values():
+        assert 0 < notes["error_after"] < notes["error_before"]
+        assert notes["swaps"] > 0
+    assert report.as_json()["linears"] == report.linears
 
 
 @pytest.mark.parametrize("ratio", [0.05, 0.29, 0.3, 0.7, 0.95])

@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.statistics import ColumnSquares, Gram, relative_error
+from pipeline.statistics import ColumnSquares, Gram, Moments, relative_error
 from tests import reference
 
 CPU = torch.device("cpu")
-KINDS = pytest.mark.parametrize("kind", [ColumnSquares, Gram])
-Kind = type[ColumnSquares] | type[Gram]
+KINDS = pytest.mark.parametrize("kind", [ColumnSquares, Moments, Gram])
+Kind = type[ColumnSquares] | type[Moments] | type[Gram]
 
 
 def tokens(num_tokens: int, num_features: int, seed: int = 0) -> torch.Tensor:
@@ -21,20 +21,20 @@ def tokens(num_tokens: int, num_features: int, seed: int = 0) -> torch.Tensor:
     return x_TD * torch.logspace(-1.5, 1.5, num_features)
 
 
-def collect(kind: Kind, *batches: torch.Tensor) -> ColumnSquares | Gram:
+def collect(kind: Kind, *batches: torch.Tensor) -> ColumnSquares | Moments | Gram:
     statistic = kind.empty(batches[0].shape[1], CPU)
     for batch in batches:
         statistic.update(batch)
     return statistic
 
 
-def values(statistic: ColumnSquares | Gram) -> torch.Tensor:
-    return statistic.squares_D if isinstance(statistic, ColumnSquares) else statistic.gram_DD
+def values(statistic: ColumnSquares | Moments | Gram) -> torch.Tensor:
+    return statistic.gram_DD if isinstance(statistic, Gram) else statistic.squares_D
 
 
 def textbook(kind: Kind, x_TD: torch.Tensor) -> torch.Tensor:
     exact_TD = x_TD.double()
-    return exact_TD.square().sum(dim=0) if kind is ColumnSquares else exact_TD.T @ exact_TD
+    return exact_TD.square().sum(dim=0) if kind is not Gram else exact_TD.T @ exact_TD
 
 
 def distance(left: torch.Tensor, right: torch.Tensor) -> float:
@@ -44,7 +44,7 @@ def distance(left: torch.Tensor, right: torch.Tensor) -> float:
     return ((left.double() - right.double()).abs() / size.double()).max().item()
 
 
-TOLERANCE = {ColumnSquares: 1e-12, Gram: 1e-5}
+TOLERANCE = {ColumnSquares: 1e-12, Moments: 1e-12, Gram: 1e-5}
 
 
 @KINDS
@@ -115,6 +115,32 @@ def test_one_number_that_is_not_finite_is_seen(kind: Kind, bad: float, column: i
     assert collect(kind, x_TD).is_finite()
     x_TD[6, column] = bad
     assert not collect(kind, tokens(3, 4), x_TD, tokens(3, 4)).is_finite()
+
+
+def moments_of(x_TD: torch.Tensor, *cuts: int) -> Moments:
+    """Gathered by replicas, who sum what adds up over tokens."""
+    parts = [collect(Moments, part) for part in torch.tensor_split(x_TD, cuts)]
+    for mine, *others in zip(*(part.sums() for part in parts), strict=True):
+        for other in others:
+            mine += other
+    assert isinstance(parts[0], Moments)
+    return parts[0]
+
+
+@pytest.mark.parametrize("cuts", [(), (40,), (1, 2, 150)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_mean_and_variance_are_over_the_tokens_of_all_replicas(cuts: tuple[int, ...], dtype: torch.dtype) -> None:
+    x_TD = (tokens(200, 12) + 30).to(dtype)
+    moments = moments_of(x_TD, *cuts)
+    assert torch.allclose(moments.mean_D, x_TD.double().mean(dim=0), rtol=1e-12)
+    assert torch.allclose(moments.mean_squares_D, x_TD.double().square().mean(dim=0), rtol=1e-12)
+    assert torch.allclose(moments.variance_D, x_TD.double().var(dim=0, correction=0), rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("constant", [0.0, 1e-3, 7.1, 1e5])
+def test_the_variance_of_an_input_that_never_varies_is_rounding_at_most(constant: float) -> None:
+    variance = moments_of(torch.full((3000, 1), constant), 700).variance_D.item()
+    assert 0 <= variance <= 1e-13 * constant**2
 
 
 def test_an_input_whose_square_leaves_float32_is_held_by_column_squares_and_seen_by_the_gram() -> None:

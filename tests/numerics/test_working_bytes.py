@@ -15,7 +15,7 @@ from pipeline.methods.admm import Admm
 from pipeline.methods.alps import Alps
 from pipeline.methods.besa import Besa
 from pipeline.methods.sparsegpt import SparseGPT
-from pipeline.statistics import ColumnSquares, Gram
+from pipeline.statistics import ColumnSquares, Gram, Moments
 
 CHILD = """
 import gc, json, sys
@@ -26,9 +26,9 @@ from pipeline import sparsity
 from pipeline.heap import give_back_freed_memory
 from pipeline.lazy_weights import made_on_demand
 from pipeline.methods import METHODS
-from pipeline.methods.step import BlockStep, LinearView, MiniBatch
+from pipeline.methods.step import BlockStep, LinearView, MiniBatch, PrunedLinear
 from pipeline.sparsity import Unstructured
-from pipeline.statistics import ColumnSquares, Gathered, Gram
+from pipeline.statistics import ColumnSquares, Gathered, Gram, Moments
 
 HALF = Unstructured(ratio=0.5)
 SHORT = {"admm": {"choosing": 2, "refining": 2}, "alps": {"limit": 3, "refining": 2}}  # each step holds as much
@@ -42,9 +42,16 @@ class Chain:
         self.net.requires_grad_(False)
         self.weights = {name: module.weight for name, module in self.net.named_children()}
         self.hidden = torch.randn(2, 4, width).bfloat16()
-        self.squares = ColumnSquares(torch.rand(width, dtype=torch.float64), 1)
         noise = torch.randn(64, width)
-        self.gram = Gram(noise.T @ noise, 64)
+        self.statistics = {kind: kind.empty(width, torch.device("cpu")) for kind in (ColumnSquares, Moments, Gram)}
+        for statistic in self.statistics.values():
+            statistic.update(noise)
+        masks = {name: torch.rand(width, width) < 0.5 for name in self.weights}
+        self.so_far = {n: PrunedLinear(keep_OD=keep, weight_OD=self.weights[n] * keep) for n, keep in masks.items()}
+        self.others = {}
+
+    def num_mini_batches(self, size):
+        return 2
 
     def mini_batches(self, size, order=None):
         return [MiniBatch(here=slice(0, 1), weight=1.0), MiniBatch(here=slice(1, 2), weight=1.0)]
@@ -53,7 +60,7 @@ class Chain:
         pass
 
     def statistic(self, name, kind):
-        return self.squares if kind is ColumnSquares else self.gram
+        return self.statistics[kind]
 
     def output(self, weights, sequences, others={}):
         with made_on_demand(self.net, {f"{name}.weight": make for name, make in weights.items()}):
@@ -66,7 +73,13 @@ def prune(step, chain):
     if isinstance(step, BlockStep):
         return step.prune(chain, HALF, lambda figures: None)
     solve = step.solver(Gathered(chain.statistic("0", kind) for kind in step.statistics))
-    return [solve(LinearView(dense_OD=weight, sparsity=HALF)) for weight in chain.weights.values()]
+    return [solve(view(step, chain, name)) for name in chain.weights]
+
+def view(step, chain, name):
+    if not step.needs_mask:
+        return LinearView(dense_OD=chain.weights[name], sparsity=HALF)
+    made = chain.so_far[name]
+    return LinearView(dense_OD=chain.weights[name], sparsity=HALF, keep_OD=made.keep_OD, updated_OD=made.weight_OD)
 
 def status(key):
     line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(key))
@@ -119,8 +132,8 @@ SHAPES = {"q": (8192, 8192), "gate": (28672, 8192), "down": (8192, 28672)}
 GROUPS = [["q"], ["gate"], ["down"]]
 
 
-@pytest.mark.parametrize("kind", [ColumnSquares, Gram])
-def test_a_statistic_takes_what_it_says(kind: type[ColumnSquares] | type[Gram]) -> None:
+@pytest.mark.parametrize("kind", [ColumnSquares, Moments, Gram])
+def test_a_statistic_takes_what_it_says(kind: type[ColumnSquares] | type[Moments] | type[Gram]) -> None:
     sums = kind.empty(40, torch.device("cpu")).sums()
     assert kind.bytes_of(40) == sum(tensor.nbytes for tensor in sums)
 

@@ -12,7 +12,7 @@ from pipeline.methods.step import BlockStep, LinearStep
 from pipeline.methods.wanda import Wanda
 from pipeline.recipe import parse_recipe
 from pipeline.sparsity import SemiStructured, Sparsity, Unstructured
-from pipeline.statistics import ColumnSquares, Gram
+from pipeline.statistics import ColumnSquares, Gram, Moments
 
 HALF = Unstructured(ratio=0.5)
 TWO_OF_FOUR = SemiStructured(keep=2, group=4)
@@ -21,7 +21,8 @@ Entries = list[str | dict[str, Any]]
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.needs_mask])
 def test_every_method_is_a_recipe_of_its_own(name: str) -> None:
-    (step,) = parse_recipe([name], HALF).steps
+    refines = METHODS[name].needs_mask
+    *_, step = parse_recipe(["wanda", name] if refines else [name], HALF).steps
     assert type(step) is METHODS[name]
     assert isinstance(step, LinearStep) != isinstance(step, BlockStep)
 
@@ -50,6 +51,8 @@ def test_patterns_go_with_every_method_that_does_not_learn_counts(entries: Entri
         (["wanda"], (ColumnSquares,), False, False),
         (["wanda", "sparsegpt"], (ColumnSquares, Gram), False, False),
         (["sparsegpt", "sparsegpt"], (Gram,), False, False),
+        (["wanda", "dsnot"], (ColumnSquares, Gram), False, False),
+        (["wanda", {"dsnot": {"criterion": "mean"}}], (ColumnSquares, Moments, Gram), False, False),
         ([{"besa": {"target": "pruned"}}], (ColumnSquares,), True, False),
         ([{"besa": {"target": "dense"}}, "sparsegpt"], (ColumnSquares, Gram), False, True),
     ],
