@@ -149,6 +149,7 @@ def _report_rows(report: Report) -> list[tuple[str, str]]:
             "sparsity",
             f"{report.achieved:.4%} of {report.prunable_weights:,} weights (asked: {report.sparsity})",
         ),
+        *_blocks_row(report),
         ("mean block error", f"{report.mean_error:.4f} (relative, of each pruned block's output)"),
     ]
     if report.perplexity_before is not None and report.perplexity_after is not None:
@@ -161,6 +162,12 @@ def _report_rows(report: Report) -> list[tuple[str, str]]:
         *_planned_rows(report),
     ]
     return rows + [(name.replace("_", " "), f"{value:.4g}") for name, value in report.notes.items()]
+
+
+def _blocks_row(report: Report) -> list[tuple[str, str]]:
+    """Say between what the blocks lie, where they differ."""
+    least, most = min(report.block_sparsity), max(report.block_sparsity)
+    return [("by block", f"{least:.2%} to {most:.2%}")] if least < most else []
 
 
 def _planned_rows(report: Report) -> list[tuple[str, str]]:

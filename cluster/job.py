@@ -21,6 +21,8 @@ from cluster.ray_runtime import RayRuntime
 from cluster.topology import Topology, split_sequences
 from cluster.trace import chrome_trace, overlaps
 from cluster.worker import Brief
+from pipeline.allocate import allocate
+from pipeline.allocation import Allocation
 from pipeline.cluster_config import ClusterConfig
 from pipeline.config import RunConfig, resolved
 from pipeline.job import Job, Scheme, Source, evaluate_job, finish, open_job, open_source, write_report
@@ -55,10 +57,11 @@ def run_on_cluster(config: RunConfig, progress: Progress, stop_asked: StopAsked)
                 progress.say(f"perplexity is measured by this process, on {source.skeleton.device}, not by workers")
             topology, expected = _choose_topology(source, settings, offer, progress)
             spool = spool_directory(config.memory.spool, config.output)
-            with fitted_memory(config, source.skeleton, config.calibration.sequences, spool) as memory:
+            sequences = config.calibration.sequences
+            with fitted_memory(config, source.skeleton, sequences, spool, surveys=True) as memory:
                 job = open_job(source, memory, progress, stop_asked, scheme=scheme_of(topology))
                 evaluate_job(job, "before")
-                _prune(job, settings, offer, topology, expected)
+                _prune(job, allocate(job), settings, offer, topology, expected)
                 return finish(job)
 
 
@@ -102,13 +105,15 @@ def _stages_begun_with(source: Source) -> tuple[range, ...] | None:
     return tuple(range(start, stop) for start, stop in pairwise(bounds))
 
 
-def _prune(job: Job, settings: ClusterConfig, offer: Offer, topology: Topology, expected: Forecast) -> None:
+def _prune(
+    job: Job, allocation: Allocation, settings: ClusterConfig, offer: Offer, topology: Topology, expected: Forecast
+) -> None:
     """Run the coordinator to the end; what happened when is written whatever the end is."""
     shared = offer.shares_files if settings.shards == "auto" else settings.shards == "shared"
     if not shared:
         job.progress.say("nodes do not share the run directory: shards are sent to it")
     runtime = RayRuntime(
-        briefs=briefs_of(job.source, topology),
+        briefs=briefs_of(job.source, allocation, topology),
         place=place_of(job, settings, offer, topology, shared),
         bundle=offer.bundle,
         depot=None if shared else make_depot(job.model_directory),
@@ -138,7 +143,7 @@ def _prune(job: Job, settings: ClusterConfig, offer: Offer, topology: Topology, 
             write_report(job, CLUSTER, json.dumps(facts, indent=2).encode() + b"\n")
 
 
-def briefs_of(source: Source, topology: Topology) -> Callable[[int], list[Brief]]:
+def briefs_of(source: Source, allocation: Allocation, topology: Topology) -> Callable[[int], list[Brief]]:
     """Return what makes the briefs of a stage's replicas."""
     tokens_NT = source.calibration.tokens_NT
     shares = split_sequences(len(tokens_NT), source.config.compute.batch, topology.replicas)
@@ -156,6 +161,7 @@ def briefs_of(source: Source, topology: Topology) -> Callable[[int], list[Brief]
         return [
             Brief(
                 settings=settings,
+                allocation=allocation,
                 handoff=topology.handoff,
                 source=fingerprint,
                 block_bytes=block_bytes,

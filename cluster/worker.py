@@ -17,6 +17,7 @@ import torch
 
 from cluster.messages import Assignment, Committed, Entered, Event, Propagated, Received
 from pipeline.activations import ArrivingBoundary, Boundary, Outlet
+from pipeline.allocation import Allocation
 from pipeline.checkpoint import Checkpoint
 from pipeline.cluster_config import Handoff
 from pipeline.config import parse_config
@@ -47,6 +48,9 @@ class Brief:
     settings: Mapping[str, Any]
     """The run's configuration as plain data."""
 
+    allocation: Allocation
+    """How much each block of the model is to lose."""
+
     handoff: Handoff
     source: str
     """Fingerprint of the model to prune."""
@@ -66,7 +70,7 @@ class Worker:
     def __init__(self, brief: Brief, report: Report) -> None:
         self._brief, self._report = brief, report
         self._config = parse_config(dict(brief.settings), "the job's settings")
-        self._order = order_of(self._config)
+        self._order = order_of(self._config, brief.allocation)
         self._memory: Memory
         self._arriving: dict[StreamName, ArrivingBoundary] = {}
         self._ready_to_receive = Flag()

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
+from pipeline.allocation_config import AllocationConfig, OwlConfig
 from pipeline.calibration import CalibrationConfig
 from pipeline.cluster_config import ClusterConfig
 from pipeline.errors import ConfigError
@@ -75,6 +76,9 @@ class PruneConfig(Section):
 
     sparsity: float | str = 0.5
     """Fraction of block weights removed, or KEPT:GROUP such as 2:4."""
+
+    allocation: AllocationConfig = AllocationConfig()
+    """How it is spread over the blocks: `uniform`, or `owl: {options}`."""
 
     recipe: tuple[str | dict[str, Any], ...] = ("besa",)
     """Steps in order: names, or `name: {options}`."""
@@ -255,7 +259,7 @@ def _nearest(location: tuple[int | str, ...]) -> str:
     for part in location[:-1]:
         inside = isinstance(section, type) and issubclass(section, BaseModel) and part in section.model_fields
         section = section.model_fields[str(part)].annotation if inside else None
-        section = next((kind for kind in (EvaluateConfig, ClusterConfig) if section == kind | None), section)
+        section = next((kind for kind in (EvaluateConfig, ClusterConfig, OwlConfig) if section == kind | None), section)
     if not (isinstance(section, type) and issubclass(section, BaseModel)):
         return ""
     near = get_close_matches(str(location[-1]), section.model_fields, n=1)

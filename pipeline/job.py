@@ -164,11 +164,11 @@ def model_directory_of(config: RunConfig) -> Path:
     return fetch_model(config.model.hub, config.model.revision)
 
 
-def order_of(config: RunConfig) -> Order:
+def order_of(config: RunConfig, allocation: Allocation) -> Order:
     """Return what a configuration asks of every block."""
     prune = config.prune
     return Order(
-        recipe=prune.steps, allocation=Allocation(target=prune.target), skip=prune.skip,
+        recipe=prune.steps, allocation=allocation, skip=prune.skip,
         within_block=prune.within_block, batch=config.compute.batch,
     )  # fmt: skip
 
@@ -176,11 +176,13 @@ def order_of(config: RunConfig) -> Order:
 def header_of(source: Source, scheme: Scheme) -> Header:
     """Return what determines the output's bytes: a resumed run must agree with it."""
     target, skeleton, config = source.config.prune.target, source.skeleton, source.config
+    allocation = config.prune.allocation
     prune: dict[str, JsonValue] = {
         "sparsity": str(target) if isinstance(target, SemiStructured) else target.ratio,
         "recipe": config.prune.steps.as_data(),
         "within_block": config.prune.within_block,
         "skip": list(config.prune.skip),
+        **({"allocation": allocation.model_dump(mode="json")} if allocation.needs_survey else {}),
     }
     compute: dict[str, JsonValue] = {
         "device": source.device_type,

@@ -80,16 +80,19 @@ def unlimited() -> Memory:
 
 
 @contextmanager
-def fitted_memory(config: RunConfig, skeleton: Skeleton, num_sequences: int, spool_directory: Path) -> Iterator[Memory]:
+def fitted_memory(
+    config: RunConfig, skeleton: Skeleton, num_sequences: int, spool_directory: Path, *, surveys: bool = False
+) -> Iterator[Memory]:
     """Open what the `memory` section asks for in one process of a cluster job, its ceilings being that process's own.
 
-    `num_sequences`: those it calibrates with. Raises BudgetExceeded where the ceilings are too low.
+    `num_sequences`: those it calibrates with; `surveys`: whether it surveys the model. Raises BudgetExceeded where the
+    ceilings are too low.
     """
     if config.memory == MemoryConfig():
         yield unlimited()
         return
     baseline, device, batch = resident_bytes(), skeleton.device, config.compute.batch
-    fit = fit_for(config, skeleton, num_sequences, baseline)
+    fit = fit_for(config, skeleton, num_sequences, baseline, surveys=surveys)
     with opened_memory(config.memory, fit, spool_directory, device, baseline=baseline, batch=batch) as memory:
         yield memory
 

@@ -1,6 +1,11 @@
 """Small numerical helpers that every floor may use."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+
+from pipeline.errors import NumericsError
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
@@ -9,3 +14,12 @@ def all_finite(tensor: torch.Tensor) -> bool:
         return True
     low, high = tensor.aminmax()  # NaN propagates into both
     return bool(low.isfinite() & high.isfinite())
+
+
+@contextmanager
+def naming_block(index: int) -> Iterator[None]:
+    """Put a block's number before the message of a NumericsError that knows only what is inside the block."""
+    try:
+        yield
+    except NumericsError as error:
+        raise NumericsError(f"block {index}: {error.message}") from error

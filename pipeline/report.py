@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.ledger import Ledger
 from pipeline.memory import Traffic
 from pipeline.meter import PeakMeter
-from pipeline.records import LinearRecord
+from pipeline.records import Commit, LinearRecord
 
 REPORT = "report.json"
 
@@ -22,6 +22,9 @@ class Report:
     pruned_weights: int
     prunable_weights: int
     """Weights of all linears that were to be pruned."""
+
+    block_sparsity: list[float]
+    """Fraction of each block's prunable weights removed."""
 
     mean_error: float
     """Mean over blocks of the relative error of the pruned block's output."""
@@ -83,6 +86,7 @@ def build_report(
         sparsity=_asked(ledger),
         pruned_weights=sum(record.pruned for record in records),
         prunable_weights=sum(record.numel for record in records),
+        block_sparsity=[_removed(commit) for commit in commits],
         mean_error=sum(commit.error for commit in commits) / num_blocks,
         perplexity_before=_perplexity(ledger, "before"),
         perplexity_after=_perplexity(ledger, "after"),
@@ -125,7 +129,12 @@ def guidance(sparsity: str) -> list[str]:
 def _asked(ledger: Ledger) -> str:
     prune = ledger.header.config["prune"]
     assert isinstance(prune, dict)
-    return str(prune["sparsity"])
+    return f"{prune['sparsity']} by outliers" if "allocation" in prune else str(prune["sparsity"])
+
+
+def _removed(commit: Commit) -> float:
+    records = commit.linears.values()
+    return sum(record.pruned for record in records) / sum(record.numel for record in records)
 
 
 def _perplexity(ledger: Ledger, when: str) -> float | None:

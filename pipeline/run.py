@@ -5,6 +5,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.allocate import allocate
+from pipeline.allocation import Allocation
 from pipeline.config import RunConfig
 from pipeline.errors import BudgetExceeded, StorageError
 from pipeline.evaluate import load_windows
@@ -40,7 +42,7 @@ def run(config: RunConfig, progress: Progress, stop_asked: StopAsked, *, probe: 
     ):
         job = open_job(source, memory, progress, stop_asked, plan=plan)
         evaluate_job(job, "before")
-        prune_blocks(job)
+        prune_blocks(job, allocate(job))
         return finish(job)
 
 
@@ -78,13 +80,13 @@ def counted(config: RunConfig, directory: Path) -> RunConfig:
     return config.model_copy(update={"evaluate": wanted.model_copy(update={"windows": windows})})
 
 
-def prune_blocks(job: Job) -> None:
-    """Prune every block the ledger does not hold yet."""
+def prune_blocks(job: Job, allocation: Allocation) -> None:
+    """Prune every block the ledger does not hold yet, each as much as is allocated to it."""
     num_blocks = job.skeleton.num_blocks
     remaining = job.ledger.remaining(num_blocks)
     if not remaining:
         return
-    order, memory, shelf = order_of(job.config), job.memory, ModelDirectory(job.model_directory)
+    order, memory, shelf = order_of(job.config, allocation), job.memory, ModelDirectory(job.model_directory)
     book = LedgerBook(job, num_committed=remaining.start)
     with ExitStack() as held:
         with memory.phase("embed"):

@@ -31,9 +31,14 @@ class Unstructured:
         if not 0 <= self.ratio < 1:
             raise ValueError(f"sparsity is {self.ratio}; the fraction removed must be at least 0 and below 1")
 
+    @property
+    def fraction(self) -> Fraction:
+        """Fraction removed, exactly as it was written: 0.29 is 29/100."""
+        return Fraction(repr(self.ratio))
+
     def num_pruned(self, numel: int) -> int:
         """Return floor(ratio x numel), exactly: 0.29 of 100 is 29, though 0.29 * 100 is 28.999… in floats."""
-        return floor(Fraction(repr(self.ratio)) * numel)
+        return floor(self.fraction * numel)
 
     def __str__(self) -> str:
         return f"{self.ratio:g}"
@@ -57,6 +62,11 @@ class SemiStructured:
     def ratio(self) -> float:
         """Fraction removed."""
         return 1 - self.keep / self.group
+
+    @property
+    def fraction(self) -> Fraction:
+        """Fraction removed, exactly."""
+        return Fraction(self.group - self.keep, self.group)
 
     def num_pruned(self, numel: int) -> int:
         """Return how many of `numel` weights are removed; `numel` is a multiple of the group."""

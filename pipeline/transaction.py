@@ -20,10 +20,10 @@ from torch import nn
 
 from pipeline.activations import Boundary, Outlet, in_memory, require_finite
 from pipeline.block_writer import round_block, write_block
-from pipeline.errors import NumericsError
 from pipeline.linears import Collector, Linear
 from pipeline.memory import Memory
 from pipeline.meter import Stopwatch
+from pipeline.numerics import naming_block
 from pipeline.order import Order, check_divides, linears_to_prune
 from pipeline.peers import Peers
 from pipeline.progress import Progress
@@ -119,7 +119,7 @@ class Transaction:
         if collected is None:
             self._collect(begun)
         watch, linears, sparsity = begun.watch, begun.linears, self._order.allocation.of(index)
-        with self._phase(watch, index, "prune"), _naming(index):
+        with self._phase(watch, index, "prune"), naming_block(index):
             begun.collector.sum_over(self._peers)
             begun.collector.check_finite()
             pruned = apply_recipe(
@@ -287,12 +287,3 @@ class Transaction:
         self._progress.phase(index, name)
         with watch.phase(name), self._memory.phase(name):
             yield
-
-
-@contextmanager
-def _naming(index: int) -> Iterator[None]:
-    """Put the block's number before the message of a method's NumericsError."""
-    try:
-        yield
-    except NumericsError as error:
-        raise NumericsError(f"block {index}: {error.message}") from error

@@ -56,7 +56,11 @@ def verify(run_directory: Path, source: Path, progress: Progress) -> Verificatio
         skeleton = Skeleton(original, torch.device("cpu"), torch.float32)
         problems = _names_and_shapes(output, original)
         if not problems:
-            problems = [*_hashes(ledger, directory), *_contents(ledger, skeleton, output, progress)]
+            problems = [
+                *_hashes(ledger, directory),
+                *_whole(ledger, skeleton),
+                *_contents(ledger, skeleton, output, progress),
+            ]
         if problems:
             listed = "\n  ".join(problems[:20])
             raise VerificationError(
@@ -94,6 +98,32 @@ def _hashes(ledger: Ledger, directory: Path) -> Iterator[str]:
         found = hash_file(directory / file)
         if found != sha256:
             yield f"{file} has sha256 {found[:12]}…, the ledger says {sha256[:12]}…"
+
+
+def _whole(ledger: Ledger, skeleton: Skeleton) -> Iterator[str]:
+    """Hold all that was pruned against the sparsity that was asked, however it was spread over the blocks.
+
+    Fractions are rounded by less than a weight a row and a millionth of the whole, patterns by less than a weight a
+    group of the largest block.
+    """
+    prune = ledger.header.config["prune"]
+    assert isinstance(prune, dict)
+    asked = parse_sparsity(prune["sparsity"])  # type: ignore[arg-type]  # validated before it was written
+    sizes, num_rows, num_pruned = [], 0, 0
+    for index, commit in ledger.commits.items():
+        weights = {n.name: n.weight(skeleton.blocks[index]) for n in find_linears(skeleton.blocks[index])}
+        sizes.append(sum(record.numel for record in commit.linears.values()))
+        num_rows += sum(len(weights[name]) for name in commit.linears)
+        num_pruned += sum(record.pruned for record in commit.linears.values())
+    wanted = asked.fraction * sum(sizes)
+    rounding = num_rows + sum(sizes) / 10**6
+    if isinstance(asked, SemiStructured):
+        rounding = max(sizes) / asked.group
+    if abs(num_pruned - wanted) > rounding:
+        yield (
+            f"{num_pruned:,} of {sum(sizes):,} weights were pruned, by the ledger; asked was {asked}, and "
+            f"rounding explains no more than {round(rounding):,}"
+        )
 
 
 def _contents(ledger: Ledger, skeleton: Skeleton, output: Checkpoint, progress: Progress) -> Iterator[str]:

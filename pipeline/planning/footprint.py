@@ -1,6 +1,7 @@
 """What each phase of a run holds, by place and name: from shapes and settings alone, before any weight is read.
 
     embed      the embedding
+    survey     the dense block, the input norms, the activations of a batch, and the scores of some rows
     read       a block's weights
     collect    the dense block, statistics, the activations of a batch
     prune      the block, its statistics and masks, and what the largest step works with
@@ -19,9 +20,10 @@ import torch
 
 from pipeline.budget import Place
 from pipeline.memory_config import Tier
-from pipeline.methods.step import Step
+from pipeline.methods.step import Step, largest
 from pipeline.planning.scale import Scale
 from pipeline.planning.work import statistics_bytes
+from pipeline.sparsity import selection_bytes
 from pipeline.statistics import SLAB_NUMEL, ColumnSquares, Gram, Moments
 
 PAGE = 4096
@@ -82,9 +84,10 @@ def footprint(scale: Scale, choice: Choice, baseline: int) -> tuple[Phase, ...]:
 
     On a CPU the device's memory is the host's, and all of it is counted there.
     """
-    throughout = (*_reading(scale), *_hidden(scale, choice))
+    hidden = tuple(_hidden(scale, choice, scale.num_boundaries))
+    throughout = (*_reading(scale), *hidden)
     phases = {
-        "embed": (*_embed(scale), *_hidden(scale, choice)),
+        "embed": (*_embed(scale), *hidden),
         "read": (_weights(scale), *_ahead(scale, choice), *throughout),
         "collect": (*_collect(scale), *_ahead(scale, choice), *throughout),
         "prune": (*_prune(scale), *_ahead(scale, choice), *throughout),
@@ -95,6 +98,8 @@ def footprint(scale: Scale, choice: Choice, baseline: int) -> tuple[Phase, ...]:
         third = _ahead(scale, choice) if choice.ahead > 1 else ()
         phases["fused"] = (*_fused(scale), *third, *throughout)
         del phases["propagate"]
+    if scale.surveys:
+        phases["survey"] = (*_survey(scale), *_ahead(scale, choice), *_reading(scale), *_hidden(scale, choice, 1))
     if scale.windows is not None:
         phases["evaluate"] = _evaluate(scale, choice, *scale.windows)
     process = _on_host("interpreter and libraries", baseline, outlasts=True)
@@ -134,9 +139,9 @@ def _on_host(what: str, num_bytes: int, *, outlasts: bool = False) -> Held:
     return Held(place="host", what=what, num_bytes=num_bytes, outlasts=outlasts)
 
 
-def _hidden(scale: Scale, choice: Choice) -> Iterator[Held]:
-    """Hidden states between blocks, of all sequences."""
-    work, count = scale.work, scale.num_boundaries
+def _hidden(scale: Scale, choice: Choice, count: int) -> Iterator[Held]:
+    """Hidden states between blocks, of all sequences, at so many boundaries."""
+    work = scale.work
     yield _on_host("tokens", 8 * work.all_tokens, outlasts=True)
     yield from _boundaries(choice, count, work.num_sequences, work.boundary_bytes // work.num_sequences, work.batch)
 
@@ -170,6 +175,14 @@ def _embed(scale: Scale) -> Iterator[Held]:
     yield _on_device("activations of a batch", 3 * _batch_tokens(scale) * scale.work.hidden * scale.dtype.itemsize)
 
 
+def _survey(scale: Scale) -> Iterator[Held]:
+    yield _weights(scale)
+    yield _on_device("statistics", sum(ColumnSquares.bytes_of(width) for width in scale.work.widths))
+    yield from _squaring(scale)
+    yield _on_device("activations of a batch", _forward_bytes(scale, _batch_tokens(scale)))
+    yield _on_device("work of counting outliers", selection_bytes(largest(scale.shapes)))
+
+
 def _weights(scale: Scale) -> Held:
     return _on_device("weights", scale.block_bytes, outlasts=True)
 
@@ -185,7 +198,13 @@ def _statistics(scale: Scale) -> Iterator[Held]:
     inputs = _batch_tokens(scale) * max(scale.work.widths)
     if Gram in scale.recipe.statistics and scale.dtype != torch.float32:
         yield _on_device("inputs in float32", 4 * inputs)
-    if {ColumnSquares, Moments}.intersection(scale.recipe.statistics) and not scale.unified:
+    if {ColumnSquares, Moments}.intersection(scale.recipe.statistics):
+        yield from _squaring(scale)
+
+
+def _squaring(scale: Scale) -> Iterator[Held]:
+    if not scale.unified:
+        inputs = _batch_tokens(scale) * max(scale.work.widths)
         yield _on_device("inputs in float64, and their squares", 16 * min(inputs, SLAB_NUMEL))
 
 

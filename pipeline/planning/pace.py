@@ -25,6 +25,7 @@ from pipeline.planning.work import (
     count_commit,
     count_propagate,
     count_read,
+    count_survey,
 )
 from pipeline.sparsity import Unstructured, keep_by_row
 
@@ -122,7 +123,9 @@ def costs(scale: Scale, choice: Choice, speeds: Speeds | None, outside_bytes: in
 
     outside = Count(weights_read=outside_bytes, weights_written=outside_bytes)
     embedding = scale.outside_numel * scale.stored.itemsize
-    phases = [cost("embed", Count(weights_read=embedding, hidden_written=work.boundary_bytes), 1)]
+    embed = Count(weights_read=embedding, hidden_written=work.boundary_bytes)
+    phases = [cost("embed", embed, 2 if scale.surveys else 1)]
+    phases += [cost("survey", count_survey(work))] if scale.surveys else []
     phases += [cost("read", count_read(work)), cost("collect", collect, 1 if choice.fused else count)]
     phases += [cost("prune", prune), cost("commit", count_commit(work, recipe))]
     if choice.fused:

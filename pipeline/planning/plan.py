@@ -144,15 +144,19 @@ def make_plan(config: RunConfig, directory: Path, speeds: Speeds | None, baselin
             limits={place: limit.num_bytes for place, limit in room.limits.items()},
             output_bytes=checkpoint.total_bytes(),
             working_sets=working_sets(phases),
-            forward_passes=_forward_passes(scale.recipe, config.calibration.sequences),
+            forward_passes=_forward_passes(scale.recipe, config.calibration.sequences) + scale.surveys,
             **_totals(phases, costs(scale, choice, speeds, outside)),
         )
 
 
-def fit_for(config: RunConfig, skeleton: Skeleton, num_sequences: int, baseline: int) -> Fit:
-    """Return how one worker of a cluster uses memory for its part of the sequences; raises BudgetExceeded."""
+def fit_for(config: RunConfig, skeleton: Skeleton, num_sequences: int, baseline: int, *, surveys: bool = False) -> Fit:
+    """Return how one process of a cluster uses memory for its part of the sequences; raises BudgetExceeded.
+
+    surveys: whether it is the one that surveys the model, if that is asked for.
+    """
     scale = scale_of(config, skeleton)
-    scale = replace(scale, work=replace(scale.work, num_sequences=num_sequences), windows=None)
+    work = replace(scale.work, num_sequences=num_sequences)
+    scale = replace(scale, work=work, windows=None, surveys=surveys and scale.surveys)
     room, asked = room_for(config, skeleton.device, baseline), config.memory.activations
     choice = choose(scale, room, asked)
     if choice is None:

@@ -38,6 +38,9 @@ class Scale:
     windows: tuple[int, int] | None = None
     """Windows of an evaluation and their length, where there is one and its number of windows is known."""
 
+    surveys: bool = False
+    """Whether the dense model is looked through first."""
+
     @property
     def block_bytes(self) -> int:
         """Weights of a block where blocks run."""
@@ -83,6 +86,7 @@ def scale_of(config: RunConfig, skeleton: Skeleton) -> Scale:
         stored=stored,
         unified=skeleton.device.type == "cpu",
         windows=(evaluate.windows, evaluate.sequence_length) if evaluate and evaluate.windows else None,
+        surveys=config.prune.allocation.needs_survey,
     )
 
 

@@ -20,6 +20,9 @@ from pipeline.statistics import Gram
 Linears = Sequence[tuple[int, int]]
 """Linears that share one input: (out features, in features) of each."""
 
+COUNTING_BYTES = 48
+"""Memory traffic per weight of counting outliers: scores made, widened and summed, made again and compared."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Count:
@@ -150,6 +153,11 @@ class Pruning:
 def count_read(work: Workload) -> Count:
     """Count the reading of a block."""
     return Count(weights_read=work.num_weights * work.stored_bytes)
+
+
+def count_survey(work: Workload) -> Count:
+    """Count one block's part of the survey: read, run over all sequences, and its outliers counted."""
+    return count_read(work) + count_propagate(work) + Count(memory=COUNTING_BYTES * work.num_weights)
 
 
 def count_collect(work: Workload, recipe: Recipe) -> Count:

@@ -20,6 +20,7 @@ import torch
 from cluster.job import scheme_of
 from cluster.topology import Topology, partition
 from pipeline.activations import Boundary
+from pipeline.allocate import allocate
 from pipeline.config import RunConfig, parse_config
 from pipeline.inputs import embed_tokens, run_dense_blocks
 from pipeline.job import Job, finish, open_job, open_source, order_of
@@ -89,7 +90,7 @@ def run_in_stages(config: RunConfig, num_stages: int) -> float | None:
 
 def prune_stage(job: Job, boundary: Boundary, blocks: range) -> None:
     """Prune the blocks of one stage, starting from the dense hidden states before it."""
-    order = order_of(job.config)
+    order = order_of(job.config, allocate(job))
     store, shelf = job.memory.store, ModelDirectory(job.model_directory)
     dense = store.copy("targets", boundary) if order.recipe.needs_dense_stream else None
     streams = Streams(pruned=store.copy("pruned", boundary), dense=dense)

@@ -11,7 +11,7 @@ from cluster.console import LiveProgress, PlainProgress, choose_progress, show_r
 from pipeline.report import Report
 
 REPORT = Report(
-    sparsity="0.5", pruned_weights=53_084, prunable_weights=106_168, mean_error=0.01234,
+    sparsity="0.5", pruned_weights=53_084, prunable_weights=106_168, block_sparsity=[0.5, 0.5], mean_error=0.01234,
     perplexity_before=27.43, perplexity_after=51.94,
     seconds={"read": 1.0, "collect": 20.0, "prune": 61.0, "commit": 2.0, "propagate": 10.0},
     forward_equivalents=9.4, peak_host_bytes=1_234_000_000, peak_device_bytes=0,
@@ -170,3 +170,11 @@ def test_a_table_shows_every_row(log: Console, shown: io.StringIO) -> None:
     assert "python" in shown.getvalue()
     assert "[odd] name" in shown.getvalue()
     assert "[value]" in shown.getvalue()
+
+
+def test_a_summary_says_between_what_the_blocks_lie_where_they_differ(log: Console, shown: io.StringIO) -> None:
+    show_report(log, REPORT, "runs/demo", "models/demo")
+    assert "by block" not in shown.getvalue()
+    show_report(log, replace(REPORT, block_sparsity=[0.43, 0.5, 0.57]), "runs/demo", "models/demo")
+    assert "by block" in shown.getvalue()
+    assert "43.00% to 57.00%" in shown.getvalue()

@@ -13,13 +13,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 FLOORS = {
-    0: "pipeline: budget cluster_config devices durable errors header heap lazy_weights memory_config meter numerics "
-    "peers progress records shard_names sparsity stream_names",
+    0: "pipeline: allocation_config budget cluster_config devices durable errors header heap lazy_weights "
+    "memory_config meter numerics peers progress records shard_names sparsity stream_names",
     1: "pipeline: allocation methods shards statistics",
     2: "pipeline: calibration checkpoint config hub ledger paging recipe sharing shelf sources",
     3: "pipeline: activations linears order skeleton",
-    4: "pipeline: assemble block_writer inputs memory planning prune_block stage stream transaction weights workbench",
-    5: "pipeline: demo_model doctor evaluate job report run verify",
+    4: "pipeline: assemble block_writer inputs memory outliers planning prune_block stage stream survey transaction "
+    "weights workbench",
+    5: "pipeline: allocate demo_model doctor evaluate job report run verify",
     6: "cluster: console job_shape messages topology",
     7: "cluster: cost_model depot expectation failures forecast replicas schedule shelves state trace worker",
     8: "cluster: choice coordinator policy",

@@ -70,6 +70,18 @@ def test_three_stages_make_what_one_process_makes(
     assert outcome(tmp_path) == outcome(in_one_process(recipe))
 
 
+def test_what_a_survey_here_allocates_to_each_block_the_workers_go_by(source: Path, tmp_path: Path) -> None:
+    allocation = {"owl": {"spread": 0.2, "threshold": 2}}
+    settings = [alone(source, tmp_path / name) for name in ("here", "there")]
+    for plain in settings:
+        plain["prune"]["allocation"] = allocation
+    carry_out(settings[0])
+    carry_out_there(spread(settings[1], stages=3))
+    assert outcome(tmp_path / "there") == outcome(tmp_path / "here")
+    commits = Ledger.read(tmp_path / "there").commits
+    assert len({record.sparsity for commit in commits.values() for record in commit.linears.values()}) == len(commits)
+
+
 def test_magnitude_does_not_ask_how_the_sequences_are_spread(
     source: Path, in_one_process: Callable[[RecipeEntries], Path], tmp_path: Path
 ) -> None:

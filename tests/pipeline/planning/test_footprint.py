@@ -12,6 +12,7 @@ from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.methods.wanda import Wanda
 from pipeline.planning.footprint import READ_BUFFERS, Choice, Phase, footprint
 from pipeline.planning.scale import Scale
+from pipeline.sparsity import SLAB_NUMEL
 from tests.scales import LLAMA_70B, scale_70b
 
 BASELINE = 500_000_000
@@ -35,6 +36,18 @@ def test_every_phase_has_the_process_and_the_hidden_states() -> None:
     for phase in phases.values():
         assert held(phase, "interpreter and libraries") == ("host", BASELINE)
         assert held(phase, "hidden states") == ("host", BOUNDARY)
+
+
+def test_a_survey_keeps_one_boundary_a_block_its_input_norms_and_the_scores_of_some_rows() -> None:
+    phases = phases_of(replace(scale_70b(Besa()), surveys=True), ahead=1)
+    assert list(phases)[-1] == "survey"
+    assert "survey" not in phases_of(scale_70b(Besa()))
+    survey = phases["survey"]
+    assert held(survey, "hidden states") == ("host", BOUNDARY)
+    assert held(survey, "weights") == ("device", BLOCK)
+    assert held(survey, "statistics") == ("device", 8 * (3 * 8192 + 28672))
+    assert held(survey, "work of counting outliers") == ("device", 20 * SLAB_NUMEL)
+    assert survey.bytes_in("device") < phases["prune"].bytes_in("device")
 
 
 @pytest.mark.parametrize(

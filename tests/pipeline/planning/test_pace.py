@@ -67,6 +67,17 @@ def test_fused_a_boundary_is_read_and_written_once_a_block() -> None:
     assert total["apart"] == pytest.approx(total["fused"])
 
 
+def test_a_survey_is_a_pass_over_the_model_and_a_second_embedding() -> None:
+    without, surveyed = scale_70b(Wanda()), replace(scale_70b(Wanda()), surveys=True)
+    plain, found = (by_name(scale, ON_DISK, None) for scale in (without, surveyed))
+    assert list(found)[:3] == ["embed", "survey", "read"]
+    assert found["embed"].disk_written == 2 * plain["embed"].disk_written
+    assert found["survey"].disk_read == 80 * (BLOCK + BOUNDARY)
+    assert found["survey"].disk_written == 80 * BOUNDARY
+    assert found["survey"].flops == 80 * LLAMA_70B.forward_flops
+    assert all(found[name] == plain[name] for name in plain if name != "embed")
+
+
 def test_without_speeds_bytes_and_operations_are_counted_and_no_time_is_told() -> None:
     found = by_name(scale_70b(Wanda()), ON_DISK, None)
     assert {(cost.seconds, cost.bottleneck) for cost in found.values()} == {(None, None)}

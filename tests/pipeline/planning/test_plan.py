@@ -92,6 +92,16 @@ def test_a_worker_chooses_for_its_own_part_of_the_sequences(model: Path) -> None
         fit_for(config, skeleton, 6, 0)
 
 
+def test_a_survey_is_planned_for_who_makes_it(model: Path) -> None:
+    owl = {"prune": {"recipe": ["wanda"], "allocation": "owl"}}
+    plan = planned(model, **owl)
+    assert "survey" in [phase.name for phase in plan.phases]
+    assert plan.forward_passes == planned(model).forward_passes + 1
+    skeleton = Skeleton(Checkpoint.open(model), torch.device("cpu"), torch.float32)
+    assert "survey" in fit_for(config_of(model, **owl), skeleton, 6, 0, surveys=True).working_sets
+    assert "survey" not in fit_for(config_of(model, **owl), skeleton, 6, 0).working_sets
+
+
 def test_a_plan_is_plain_data_for_json(model: Path) -> None:
     plain = json.loads(json.dumps(planned(model).as_json()))
     assert plain["choice"] == {"tier": "host", "fused": False, "ahead": 0, "depth": 2}
