@@ -22,11 +22,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pipeline.errors import CalibrationError
 from pipeline.sources import (
+    CalibrationSourceField,
     Hub,
-    SourceField,
     TextFile,
     TextSource,
     TokensFile,
+    WrittenByModel,
     describe,
     documents,
     token_ids,
@@ -47,16 +48,17 @@ class CalibrationConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    source: SourceField = "embedded"
+    source: CalibrationSourceField = "embedded"
     """Where the text, or the tokens, come from."""
     sequences: int = Field(default=128, ge=1)
     """How many sequences."""
     tokens: int = Field(default=512, ge=2)
     """Tokens in each sequence; 128 x 512 is what the embedded text can give."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Seed of `sample: random`."""
+    """Seed of `sample: random`, and of what `self` writes."""
     sample: Literal["auto", "first", "random"] = "auto"
-    """Which sequences of the source: the first, or random ones; auto is random for the hub, else first."""
+    """Which sequences of the source: the first, or random ones; auto is random for the hub, else first. `self` has no
+    others than it writes."""
 
     @property
     def draws_randomly(self) -> bool:
@@ -79,9 +81,11 @@ class CalibrationSet:
 def load_calibration(config: CalibrationConfig, tokenizer_directory: Path, vocab_size: int) -> CalibrationSet:
     """The calibration set a config asks for; the same config and the same data give the same set.
 
+    What the model is to write itself is not for here, where there is no model: see `self_calibration`.
     The tokenizer is not touched when the source is tokens. Raises CalibrationError when the source or the
     tokenizer cannot be read, when there is too little, or when an id lies outside `0 .. vocab_size - 1`.
     """
+    assert not isinstance(config.source, WrittenByModel)
     if isinstance(config.source, TokensFile):
         tokens_NT = _stored_sequences(config, config.source)
     else:

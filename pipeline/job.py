@@ -31,8 +31,9 @@ from pipeline.planning.plan import Plan
 from pipeline.progress import Progress, StopAsked
 from pipeline.records import Header
 from pipeline.report import REPORT, Report, build_report
+from pipeline.self_calibration import self_calibration
 from pipeline.skeleton import Skeleton
-from pipeline.sources import describe
+from pipeline.sources import WrittenByModel, describe
 from pipeline.sparsity import SemiStructured
 
 Scheme = Mapping[str, JsonValue]
@@ -89,8 +90,14 @@ class Job:
 
 
 @contextmanager
-def open_source(config: RunConfig, device_type: str | None = None) -> Iterator[Source]:
-    """Open the model and load the calibration tokens; blocks run here, or on workers with devices of this type."""
+def open_source(
+    config: RunConfig, progress: Progress, stop_asked: StopAsked, device_type: str | None = None
+) -> Iterator[Source]:
+    """Open the model and load the calibration tokens; blocks run here, or on workers with devices of this type.
+
+    Where the model is to write its calibration text, it does so here, once, into the run directory, whose lock the
+    caller holds. Raises RunStopped where a stop is asked for meanwhile, and BudgetExceeded where it does not fit.
+    """
     directory = model_directory_of(config)
     if config.compute.threads is not None:
         torch.set_num_threads(config.compute.threads)
@@ -101,7 +108,10 @@ def open_source(config: RunConfig, device_type: str | None = None) -> Iterator[S
         dtype = choose_dtype(config.compute.dtype, torch.device(device_type), checkpoint.matrix_dtype())
         skeleton = Skeleton(checkpoint, device, dtype)
         require_positions(config.calibration.tokens, skeleton.num_positions, "calibration.tokens")
-        calibration = load_calibration(config.calibration, directory, skeleton.vocab_size)
+        if isinstance(config.calibration.source, WrittenByModel):
+            calibration = self_calibration(config, skeleton, progress, stop_asked)
+        else:
+            calibration = load_calibration(config.calibration, directory, skeleton.vocab_size)
         yield Source(
             config=config, checkpoint=checkpoint, skeleton=skeleton, calibration=calibration, device_type=device_type
         )

@@ -32,6 +32,7 @@ from pipeline.records import Commit, Header, canonical
 
 LEDGER_NAME = "ledger.jsonl"
 LOCK_NAME = "lock"
+TOKENS_NAME = "calibration.safetensors"  # what the model has written to be calibrated on, before there is a ledger
 _LEFTOVER_DIRECTORIES = {"model", "spool", "report"}  # a run that died early may leave them, empty
 _ABSENT = "(absent)"
 
@@ -232,7 +233,11 @@ def refuse_foreign(run_directory: Path) -> None:
 def _is_leftover(path: Path) -> bool:
     if path.is_dir():
         return path.name in _LEFTOVER_DIRECTORIES and all(file.suffix == ".tmp" for file in path.iterdir())
-    return path.suffix == ".tmp" or (path.name == LOCK_NAME and path.read_bytes()[:8] in (b"", b"process "))
+    return (
+        path.suffix == ".tmp"
+        or path.name == TOKENS_NAME
+        or (path.name == LOCK_NAME and path.read_bytes()[:8] in (b"", b"process "))
+    )
 
 
 @contextmanager

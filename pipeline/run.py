@@ -31,13 +31,13 @@ def run(config: RunConfig, progress: Progress, stop_asked: StopAsked, *, probe: 
     """Prune a model as configured, or go on where an earlier run of the same configuration ended.
 
     `probe`: whether to measure this machine first, so that the plan says how long it will take. Raises RunStopped once
-    `stop_asked()` is true and the block at hand is committed, and BudgetExceeded, before anything is read, where the
+    `stop_asked()` is true and the block at hand is committed, and BudgetExceeded, before a block is read, where the
     ceilings are too low; every SecateurError leaves the run directory so that the run can be started again.
     """
     refuse_foreign(config.output)
     with (
         RunLock(config.output),
-        open_source(config) as source,
+        open_source(config, progress, stop_asked) as source,
         _planned_memory(source, progress, probe) as (plan, memory),
     ):
         job = open_job(source, memory, progress, stop_asked, plan=plan)

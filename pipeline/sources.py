@@ -1,12 +1,13 @@
 """Where calibration text comes from: Python's own documentation, local files, hub datasets, or ready tokens.
 
-A source is written in YAML as the word `embedded`, or as a mapping in which exactly one key names the kind:
+A source is written in YAML as a word, or as a mapping in which exactly one key names the kind:
 
     embedded
     {text: corpus.txt}
     {jsonl: rows.jsonl, field: text}        also {parquet: FILE, ...} and {arrow: FILE, ...}
     {hub: allenai/c4, revision: <commit>, config: en, split: train, field: text}
     {tokens: tokens.safetensors}
+    self                                    for calibration, which the model writes itself; or {self: {top_k: 50, ...}}
 
 Rows are streamed through `datasets`, which only this file imports: nothing is downloaded beyond what is read.
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Discriminator, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from safetensors import SafetensorError, safe_open
 
 from pipeline.errors import CalibrationError
@@ -89,43 +90,74 @@ class TokensFile(_SourceModel):
     """The file."""
 
 
+class SelfOptions(_SourceModel):
+    """How a model writes its own calibration text."""
+
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Logits are divided by it: below 1 likely tokens become likelier."""
+    top_k: int | None = Field(default=None, ge=1)
+    """Only so many of the likeliest tokens are drawn from; all when absent."""
+    batch: int = Field(default=16, ge=1)
+    """Sequences that are written at a time."""
+
+
+class WrittenByModel(_SourceModel):
+    """Text that the model writes itself before it is pruned; takes memory for the whole model."""
+
+    self: SelfOptions = SelfOptions()
+    """How it writes."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_word(cls, value: Any) -> Any:
+        return {"self": {}} if value == "self" else value
+
+
 RowSource = JsonLines | Parquet | Arrow | Hub
 TextSource = Literal["embedded"] | TextFile | RowSource
 Source = TextSource | TokensFile
+CalibrationSource = Source | WrittenByModel
 
 
 def _kind(value: object) -> str | None:
     """The key that names a source's kind; None when there is none, or more than one."""
-    if value == "embedded":
-        return "embedded"
+    if value in ("embedded", "self"):
+        return str(value)
     keys: Iterable[str] = ()
     if isinstance(value, Mapping):
         keys = value.keys()
     elif isinstance(value, _SourceModel):
         keys = type(value).model_fields
-    found = [kind for kind in KINDS if kind in keys]
+    found = [kind for kind in (*KINDS, "self") if kind in keys]
     return found[0] if len(found) == 1 else None
 
 
-SourceField = Annotated[
+def _by_kind(words: str, kinds: Iterable[str]) -> Discriminator:
+    rule = f"a source is {words}, or a mapping with exactly one of the keys {', '.join(kinds)}"
+    message = f"{rule}; a text file is written {{text: FILE}}"
+    return Discriminator(_kind, custom_error_type="calibration_source", custom_error_message=message)
+
+
+_Stored = (
     Annotated[Literal["embedded"], Tag("embedded")]
     | Annotated[TextFile, Tag("text")]
     | Annotated[JsonLines, Tag("jsonl")]
     | Annotated[Parquet, Tag("parquet")]
     | Annotated[Arrow, Tag("arrow")]
     | Annotated[Hub, Tag("hub")]
-    | Annotated[TokensFile, Tag("tokens")],
-    Discriminator(
-        _kind,
-        custom_error_type="calibration_source",
-        custom_error_message=f"a source is the word embedded, or a mapping with exactly one of the keys "
-        f"{', '.join(KINDS)}; a text file is written {{text: FILE}}",
-    ),
-]
+    | Annotated[TokensFile, Tag("tokens")]
+)
+
+SourceField = Annotated[_Stored, _by_kind("the word embedded", KINDS)]
 """`Source` as a field of a pydantic model: the key present decides which model reads the mapping."""
 
+CalibrationSourceField = Annotated[
+    _Stored | Annotated[WrittenByModel, Tag("self")], _by_kind("the word embedded or self", (*KINDS, "self"))
+]
+"""`CalibrationSource` as a field."""
 
-def describe(source: Source) -> str:
+
+def describe(source: CalibrationSource) -> str:
     """The source in one line, as YAML writes it; for `embedded`, with the Python whose text it is."""
     if isinstance(source, str):
         return f"embedded (documentation topics of Python {platform.python_version()})"

@@ -11,7 +11,8 @@ from typing import Literal, get_args
 from pipeline.budget import Place
 from pipeline.memory_config import Tier
 from pipeline.meter import human_bytes
-from pipeline.planning.footprint import Choice, Phase, footprint
+from pipeline.planning.footprint import Choice, footprint
+from pipeline.planning.held import Phase
 from pipeline.planning.scale import Scale
 from pipeline.recipe import parse_recipe
 from pipeline.sparsity import Sparsity
@@ -21,6 +22,10 @@ DEEP = 8
 
 FRUGAL = ("wanda", "magnitude")
 """Recipes that need the least memory, offered where the asked one does not fit."""
+
+
+ANOTHER_SOURCE = "calibration.source: {tokens: FILE}, written where the model fits, or {text: FILE}"
+"""Way out where the whole model does not fit, which is to write its calibration text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +85,15 @@ def exceeded(scale: Scale, choice: Choice, room: Room) -> dict[Place, Phase]:
     phases = footprint(scale, choice, room.baseline)
     needed = {place: max(phases, key=lambda phase, p=place: phase.bytes_in(p)) for place in room.limits}  # type: ignore[misc]
     return {place: phase for place, phase in needed.items() if phase.bytes_in(place) > room.limits[place].num_bytes}
+
+
+def beyond(phase: Phase, room: Room, ways_out: Sequence[str]) -> tuple[str, ...]:
+    """Return why a phase does not fit, a line for each limit that it passes; empty where it does fit."""
+    return tuple(
+        _told(place, phase, limit, [*_higher(place, phase, limit), *ways_out])
+        for place, limit in room.limits.items()
+        if phase.bytes_in(place) > limit.num_bytes
+    )
 
 
 def refusal(scale: Scale, room: Room, asked: Tier | Literal["auto"], sparsity: Sparsity) -> tuple[str, ...]:
@@ -147,6 +161,8 @@ def _ways_out(scale: Scale, room: Room, asked: Tier | Literal["auto"], sparsity:
     smaller = [name for name, recipe in recipes.items() if fits(replace(scale, recipe=recipe))]
     if smaller and all(recipe != scale.recipe for recipe in recipes.values()):
         found.append(f"prune.recipe: [{smaller[0]}]")
+    if scale.generation is not None and fits(replace(scale, generation=None)):
+        found.append(ANOTHER_SOURCE)
     return found
 
 

@@ -1,5 +1,6 @@
 """What each phase of a run holds, by place and name: from shapes and settings alone, before any weight is read.
 
+    generate   the whole model, where it writes its calibration text; before all others
     embed      the embedding
     survey     the dense block, the input norms, the activations of a batch, and the scores of some rows
     read       a block's weights
@@ -21,7 +22,8 @@ import torch
 from pipeline.budget import Place
 from pipeline.memory_config import Tier
 from pipeline.methods.step import Step, largest
-from pipeline.planning.scale import Scale
+from pipeline.planning.held import Held, Phase, on_device, on_host
+from pipeline.planning.scale import Generation, Scale
 from pipeline.planning.work import statistics_bytes
 from pipeline.sparsity import selection_bytes
 from pipeline.statistics import SLAB_NUMEL, ColumnSquares, Gram, Moments
@@ -56,29 +58,6 @@ class Choice:
     """Batches of each boundary that may be on their way from the spool, and as many on their way to it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
-    """One thing that is held."""
-
-    place: Place
-    what: str
-    num_bytes: int
-    outlasts: bool = False
-    """Whether it is there before the phase, or taken from the budget by what makes it; else it ends with the phase."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Phase:
-    """All that is held during one phase."""
-
-    name: str
-    held: tuple[Held, ...]
-
-    def bytes_in(self, place: Place) -> int:
-        """Bytes held in one place."""
-        return sum(held.num_bytes for held in self.held if held.place == place)
-
-
 def footprint(scale: Scale, choice: Choice, baseline: int) -> tuple[Phase, ...]:
     """Return what every phase of a run holds. `baseline`: host bytes of the interpreter and its libraries.
 
@@ -102,8 +81,10 @@ def footprint(scale: Scale, choice: Choice, baseline: int) -> tuple[Phase, ...]:
         phases["survey"] = (*_survey(scale), *_ahead(scale, choice), *_reading(scale), *_hidden(scale, choice, 1))
     if scale.windows is not None:
         phases["evaluate"] = _evaluate(scale, choice, *scale.windows)
-    process = _on_host("interpreter and libraries", baseline, outlasts=True)
-    kept = _on_host("freed memory that is kept", _kept_by_heaps(phases.values()), outlasts=True)
+    if scale.generation is not None:
+        phases = {"generate": tuple(_generate(scale, scale.generation)), **phases}
+    process = on_host("interpreter and libraries", baseline, outlasts=True)
+    kept = on_host("freed memory that is kept", _kept_by_heaps(phases.values()), outlasts=True)
     return tuple(Phase(name=name, held=_merged(scale, (process, kept, *held))) for name, held in phases.items())
 
 
@@ -115,15 +96,6 @@ class Fit:
     working_sets: dict[str, dict[Place, int]]
 
 
-def working_sets(phases: Iterable[Phase]) -> dict[str, dict[Place, int]]:
-    """Return what each phase holds for as long as it lasts, by its name and place."""
-    places: tuple[Place, ...] = ("device", "host")
-    return {
-        phase.name: {p: sum(h.num_bytes for h in phase.held if h.place == p and not h.outlasts) for p in places}
-        for phase in phases
-    }
-
-
 def _merged(scale: Scale, held: tuple[Held, ...]) -> tuple[Held, ...]:
     """Count device memory as the host's where it is."""
     if not scale.unified:
@@ -131,18 +103,10 @@ def _merged(scale: Scale, held: tuple[Held, ...]) -> tuple[Held, ...]:
     return tuple(replace(h, place="host") if h.place == "device" else h for h in held)
 
 
-def _on_device(what: str, num_bytes: int, *, outlasts: bool = False) -> Held:
-    return Held(place="device", what=what, num_bytes=num_bytes, outlasts=outlasts)
-
-
-def _on_host(what: str, num_bytes: int, *, outlasts: bool = False) -> Held:
-    return Held(place="host", what=what, num_bytes=num_bytes, outlasts=outlasts)
-
-
 def _hidden(scale: Scale, choice: Choice, count: int) -> Iterator[Held]:
     """Hidden states between blocks, of all sequences, at so many boundaries."""
     work = scale.work
-    yield _on_host("tokens", 8 * work.all_tokens, outlasts=True)
+    yield on_host("tokens", 8 * work.all_tokens, outlasts=True)
     yield from _boundaries(choice, count, work.num_sequences, work.boundary_bytes // work.num_sequences, work.batch)
 
 
@@ -151,7 +115,7 @@ def _boundaries(choice: Choice, count: int, num_sequences: int, sequence_bytes: 
         padded = -(-sequence_bytes // PAGE) * PAGE
         yield Held(place="spool", what="hidden states", num_bytes=count * num_sequences * padded, outlasts=True)
         slots = count * 2 * choice.depth
-        yield _on_host("buffers of the spool", slots * min(batch, num_sequences) * padded, outlasts=True)
+        yield on_host("buffers of the spool", slots * min(batch, num_sequences) * padded, outlasts=True)
     else:
         place: Place = "device" if choice.tier == "device" else "host"
         yield Held(place=place, what="hidden states", num_bytes=count * num_sequences * sequence_bytes, outlasts=True)
@@ -159,45 +123,54 @@ def _boundaries(choice: Choice, count: int, num_sequences: int, sequence_bytes: 
 
 def _reading(scale: Scale) -> Iterator[Held]:
     """What weights come through, kept from the first block to the last; for a device with a block as it is stored."""
-    yield _on_host("buffers for reading weights", READ_BUFFERS, outlasts=True)
+    yield on_host("buffers for reading weights", READ_BUFFERS, outlasts=True)
     if not scale.unified:
-        yield _on_host("the block's weights as stored", scale.block_numel * scale.stored.itemsize, outlasts=True)
+        yield on_host("the block's weights as stored", scale.block_numel * scale.stored.itemsize, outlasts=True)
 
 
 def _ahead(scale: Scale, choice: Choice) -> Iterator[Held]:
     """On a CPU the next block, as it will run; for a device it is where every block comes through."""
     if choice.ahead and scale.unified:
-        yield _on_host("the next block's weights", scale.block_bytes, outlasts=True)
+        yield on_host("the next block's weights", scale.block_bytes, outlasts=True)
 
 
 def _embed(scale: Scale) -> Iterator[Held]:
-    yield _on_device("embedding", scale.outside_numel * scale.dtype.itemsize)
-    yield _on_device("activations of a batch", 3 * _batch_tokens(scale) * scale.work.hidden * scale.dtype.itemsize)
+    yield on_device("embedding", scale.outside_numel * scale.dtype.itemsize)
+    yield on_device("activations of a batch", 3 * _batch_tokens(scale) * scale.work.hidden * scale.dtype.itemsize)
 
 
 def _survey(scale: Scale) -> Iterator[Held]:
     yield _weights(scale)
-    yield _on_device("statistics", sum(ColumnSquares.bytes_of(width) for width in scale.work.widths))
+    yield on_device("statistics", sum(ColumnSquares.bytes_of(width) for width in scale.work.widths))
     yield from _squaring(scale)
-    yield _on_device("activations of a batch", _forward_bytes(scale, _batch_tokens(scale)))
-    yield _on_device("work of counting outliers", selection_bytes(largest(scale.shapes)))
+    yield on_device("activations of a batch", _forward_bytes(scale, _batch_tokens(scale)))
+    yield on_device("work of counting outliers", selection_bytes(largest(scale.shapes)))
+
+
+def _generate(scale: Scale, generation: Generation) -> Iterator[Held]:
+    """Tokens are drawn on the host, from logits in float64: as such, scaled, as probabilities and their sums."""
+    size, batch, vocabulary = scale.dtype.itemsize, generation.batch, scale.vocab_size
+    yield on_device("weights of the whole model", generation.numel * size)
+    yield on_device("keys and values", batch * scale.work.num_tokens * generation.cache_numel * size)
+    yield on_device("activations of a batch", _forward_bytes(scale, batch) + batch * vocabulary * size)
+    yield on_host("work of drawing tokens", batch * vocabulary * (size + 4 * 8))
 
 
 def _weights(scale: Scale) -> Held:
-    return _on_device("weights", scale.block_bytes, outlasts=True)
+    return on_device("weights", scale.block_bytes, outlasts=True)
 
 
 def _collect(scale: Scale) -> Iterator[Held]:
     yield _weights(scale)
     yield from _statistics(scale)
-    yield _on_device("activations of a batch", _forward_bytes(scale, _batch_tokens(scale)))
+    yield on_device("activations of a batch", _forward_bytes(scale, _batch_tokens(scale)))
 
 
 def _statistics(scale: Scale) -> Iterator[Held]:
-    yield _on_device("statistics", statistics_bytes(scale.work, scale.recipe))
+    yield on_device("statistics", statistics_bytes(scale.work, scale.recipe))
     inputs = _batch_tokens(scale) * max(scale.work.widths)
     if Gram in scale.recipe.statistics and scale.dtype != torch.float32:
-        yield _on_device("inputs in float32", 4 * inputs)
+        yield on_device("inputs in float32", 4 * inputs)
     if {ColumnSquares, Moments}.intersection(scale.recipe.statistics):
         yield from _squaring(scale)
 
@@ -205,20 +178,20 @@ def _statistics(scale: Scale) -> Iterator[Held]:
 def _squaring(scale: Scale) -> Iterator[Held]:
     if not scale.unified:
         inputs = _batch_tokens(scale) * max(scale.work.widths)
-        yield _on_device("inputs in float64, and their squares", 16 * min(inputs, SLAB_NUMEL))
+        yield on_device("inputs in float64, and their squares", 16 * min(inputs, SLAB_NUMEL))
 
 
 def _prune(scale: Scale) -> Iterator[Held]:
     """At its largest step; what the steps before it have made is held beside its own results."""
     yield _weights(scale)
-    yield _on_device("statistics", statistics_bytes(scale.work, scale.recipe))
+    yield on_device("statistics", statistics_bytes(scale.work, scale.recipe))
     steps = scale.recipe.steps
     working, name = max(
         (_made(scale, i) + _step_bytes(scale, s), type(s).__name__.lower()) for i, s in enumerate(steps)
     )
-    yield _on_device(f"work of {name}", working)
+    yield on_device(f"work of {name}", working)
     if scale.recipe.block_steps:
-        yield _on_device("activations to learn from", _learning_bytes(scale))
+        yield on_device("activations to learn from", _learning_bytes(scale))
 
 
 def _step_bytes(scale: Scale, step: Step) -> int:
@@ -235,22 +208,22 @@ def _made(scale: Scale, num_steps: int) -> int:
 def _commit(scale: Scale) -> Iterator[Held]:
     """A matrix as stored is made where the block's own is in another dtype, or elsewhere."""
     yield _weights(scale)
-    yield _on_device("masks and new weights", _made(scale, len(scale.recipe.steps)))
+    yield on_device("masks and new weights", _made(scale, len(scale.recipe.steps)))
     if scale.dtype != scale.stored or not scale.unified:
         largest = max(rows * columns for rows, columns in scale.shapes.values())
-        yield _on_host("a matrix as stored, and its mask", largest * (scale.stored.itemsize + 1))
-    yield _on_device("activations of a sequence", _forward_bytes(scale, scale.work.num_tokens))
+        yield on_host("a matrix as stored, and its mask", largest * (scale.stored.itemsize + 1))
+    yield on_device("activations of a sequence", _forward_bytes(scale, scale.work.num_tokens))
 
 
 def _propagate(scale: Scale) -> Iterator[Held]:
     yield _weights(scale)
-    yield _on_device("activations of a batch", _forward_bytes(scale, _batch_tokens(scale)))
+    yield on_device("activations of a batch", _forward_bytes(scale, _batch_tokens(scale)))
 
 
 def _fused(scale: Scale) -> Iterator[Held]:
-    yield _on_device("weights of both blocks", 2 * scale.block_bytes, outlasts=True)
+    yield on_device("weights of both blocks", 2 * scale.block_bytes, outlasts=True)
     yield from _statistics(scale)
-    yield _on_device("activations of a batch", _forward_bytes(scale, _batch_tokens(scale)))
+    yield on_device("activations of a batch", _forward_bytes(scale, _batch_tokens(scale)))
 
 
 def _evaluate(scale: Scale, choice: Choice, num_windows: int, length: int) -> tuple[Held, ...]:
@@ -263,8 +236,8 @@ def _evaluate(scale: Scale, choice: Choice, num_windows: int, length: int) -> tu
     head = scale.outside_numel * size + logits
     weights = (*_ahead(scale, choice), *_reading(scale))
     if head > block + sum(held.num_bytes for held in weights):
-        return _on_device("head and logits", head), *boundary
-    return _on_device("weights and activations", block), *weights, *boundary
+        return on_device("head and logits", head), *boundary
+    return on_device("weights and activations", block), *weights, *boundary
 
 
 def _batch_tokens(scale: Scale) -> int:
@@ -289,6 +262,6 @@ def _widest(scale: Scale) -> int:
 
 
 def _kept_by_heaps(phases: Iterable[tuple[Held, ...]]) -> int:
-    """Activations and temporaries come and go in the C library's heaps, which keep some of what is freed."""
-    passing = ("activations", "work of")
+    """Activations, temporaries and a growing cache come and go in the C library's heaps, which keep some of it."""
+    passing = ("activations", "work of", "keys and values")
     return min(HEAP_BYTES, max(sum(h.num_bytes for h in held if h.what.startswith(passing)) for held in phases))

@@ -18,9 +18,10 @@ from pipeline.paging.pager import Pager
 from pipeline.planning.footprint import Choice
 from pipeline.planning.methods_work import SELECTION_BYTES, count_prune
 from pipeline.planning.probes import copy_speed, disk_speed, matmul_flops
-from pipeline.planning.scale import Scale
+from pipeline.planning.scale import Generation, Scale
 from pipeline.planning.work import (
     Count,
+    Workload,
     count_collect,
     count_commit,
     count_propagate,
@@ -124,7 +125,8 @@ def costs(scale: Scale, choice: Choice, speeds: Speeds | None, outside_bytes: in
     outside = Count(weights_read=outside_bytes, weights_written=outside_bytes)
     embedding = scale.outside_numel * scale.stored.itemsize
     embed = Count(weights_read=embedding, hidden_written=work.boundary_bytes)
-    phases = [cost("embed", embed, 2 if scale.surveys else 1)]
+    phases = [] if scale.generation is None else [cost("generate", _writing(work, scale.generation), 1)]
+    phases += [cost("embed", embed, 2 if scale.surveys else 1)]
     phases += [cost("survey", count_survey(work))] if scale.surveys else []
     phases += [cost("read", count_read(work)), cost("collect", collect, 1 if choice.fused else count)]
     phases += [cost("prune", prune), cost("commit", count_commit(work, recipe))]
@@ -185,6 +187,16 @@ def _overlapped(phases: list[Cost]) -> list[Cost]:
         else phase
         for phase in phases
     ]
+
+
+def _writing(work: Workload, generation: Generation) -> Count:
+    """Every token of a batch takes every weight from memory once; they are read from disk once."""
+    num_steps = -(-work.num_sequences // generation.batch) * work.num_tokens
+    return Count(
+        gemm=2.0 * work.all_tokens * generation.numel,
+        memory=float(num_steps * generation.numel * work.dtype_bytes),
+        weights_read=generation.stored_bytes,
+    )
 
 
 def _evaluation(scale: Scale, num_windows: int, length: int) -> Count:

@@ -25,7 +25,8 @@ from pipeline.memory_config import MemoryConfig
 from pipeline.paging.engines import open_pager
 from pipeline.paging.spool import existing
 from pipeline.planning.fitting import Limit, Room, choose, preferences, refusal
-from pipeline.planning.footprint import Choice, Fit, Phase, footprint, working_sets
+from pipeline.planning.footprint import Choice, Fit, footprint
+from pipeline.planning.held import Phase, working_sets
 from pipeline.planning.pace import Cost, Speeds, costs, probe_speeds
 from pipeline.planning.scale import scale_of
 from pipeline.planning.work import weights_of
@@ -156,7 +157,7 @@ def fit_for(config: RunConfig, skeleton: Skeleton, num_sequences: int, baseline:
     """
     scale = scale_of(config, skeleton)
     work = replace(scale.work, num_sequences=num_sequences)
-    scale = replace(scale, work=work, windows=None, surveys=surveys and scale.surveys)
+    scale = replace(scale, work=work, windows=None, generation=None, surveys=surveys and scale.surveys)
     room, asked = room_for(config, skeleton.device, baseline), config.memory.activations
     choice = choose(scale, room, asked)
     if choice is None:

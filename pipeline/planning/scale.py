@@ -1,13 +1,33 @@
 """A run in numbers: all that its footprint and its time depend on, from its configuration and the headers."""
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
 from pipeline.config import RunConfig
+from pipeline.ledger import TOKENS_NAME
 from pipeline.planning.work import Workload, likely_groups, shapes_of
 from pipeline.recipe import Recipe
 from pipeline.skeleton import Skeleton
+from pipeline.sources import WrittenByModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """The whole model writing its calibration text, in numbers."""
+
+    batch: int
+    """Sequences that are written at a time."""
+
+    numel: int
+    """Numbers in all weights, those that are tied counted twice: they are held twice."""
+
+    cache_numel: int
+    """Keys and values of one token in all blocks."""
+
+    stored_bytes: int
+    """Of the checkpoint."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +60,8 @@ class Scale:
 
     surveys: bool = False
     """Whether the dense model is looked through first."""
+    generation: Generation | None = None
+    """Where the model has its calibration text to write yet."""
 
     @property
     def block_bytes(self) -> int:
@@ -87,6 +109,22 @@ def scale_of(config: RunConfig, skeleton: Skeleton) -> Scale:
         unified=skeleton.device.type == "cpu",
         windows=(evaluate.windows, evaluate.sequence_length) if evaluate and evaluate.windows else None,
         surveys=config.prune.allocation.needs_survey,
+        generation=_generation(config, skeleton),
+    )
+
+
+def _generation(config: RunConfig, skeleton: Skeleton) -> Generation | None:
+    """What the model has to write; None where it is not to, or has written in an earlier session of the run."""
+    source, model = config.calibration.source, skeleton.model.config.get_text_config()
+    if not isinstance(source, WrittenByModel) or (config.output / TOKENS_NAME).is_file():
+        return None
+    known, heads = model.to_dict(), model.num_attention_heads
+    width = known.get("head_dim") or model.hidden_size // heads
+    return Generation(
+        batch=min(source.self.batch, config.calibration.sequences),
+        numel=sum(prod(skeleton.checkpoint.tensors[name].shape) for name in skeleton.stored_name.values()),
+        cache_numel=2 * skeleton.num_blocks * (known.get("num_key_value_heads") or heads) * width,
+        stored_bytes=skeleton.checkpoint.total_bytes(),
     )
 
 

@@ -82,6 +82,17 @@ def test_what_a_survey_here_allocates_to_each_block_the_workers_go_by(source: Pa
     assert len({record.sparsity for commit in commits.values() for record in commit.linears.values()}) == len(commits)
 
 
+def test_the_coordinator_has_the_model_write_its_calibration_text_for_all_workers(source: Path, tmp_path: Path) -> None:
+    settings = {name: alone(source, tmp_path / name, WANDA) for name in ("here", "there")}
+    for own in settings.values():
+        own["calibration"] |= {"source": "self"}
+    carry_out(settings["here"])
+    carry_out_there(spread(settings["there"], stages=2, replicas=2))
+    assert pruned_alike(tmp_path / "there") == pruned_alike(tmp_path / "here")
+    calibrations = {Ledger.read(tmp_path / name).header.calibration for name in settings}
+    assert len(calibrations) == 1
+
+
 def test_magnitude_does_not_ask_how_the_sequences_are_spread(
     source: Path, in_one_process: Callable[[RecipeEntries], Path], tmp_path: Path
 ) -> None:

@@ -212,8 +212,8 @@ def test_a_configuration_cannot_be_changed() -> None:
         ({"evaluate": {"take": "middle"}}, "evaluate.take: Input should be 'first' or 'last' (got 'middle')"),
         (
             {"calibration": {"source": "corpus.txt"}},
-            "calibration.source: a source is the word embedded, or a mapping with exactly one of the keys text, jsonl, "
-            "parquet, arrow, hub, tokens; a text file is written {text: FILE} (got 'corpus.txt')",
+            "calibration.source: a source is the word embedded or self, or a mapping with exactly one of the keys "
+            "text, jsonl, parquet, arrow, hub, tokens, self; a text file is written {text: FILE} (got 'corpus.txt')",
         ),
     ],
 )

@@ -9,9 +9,9 @@ from pipeline.budget import Place
 from pipeline.methods.besa import Besa
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.methods.wanda import Wanda
-from pipeline.planning.fitting import DEEP, Limit, Room, choose, exceeded, preferences, refusal
+from pipeline.planning.fitting import ANOTHER_SOURCE, DEEP, Limit, Room, choose, exceeded, preferences, refusal
 from pipeline.planning.footprint import Choice, footprint
-from pipeline.planning.scale import Scale
+from pipeline.planning.scale import Generation, Scale
 from pipeline.sparsity import Unstructured
 from tests.scales import LLAMA_70B, scale_70b
 
@@ -157,3 +157,26 @@ def test_each_limit_that_is_passed_is_told() -> None:
     lines = refusal(scale_70b(Wanda()), limits, "disk", HALF)
     assert len(lines) == 2
     assert "memory.spool_limit: 4096MiB" in lines[1]
+
+
+WRITTEN = Generation(batch=16, numel=69 * 10**9, cache_numel=2 * 80 * 1024, stored_bytes=138 * 10**9)
+
+
+def test_where_only_the_writing_of_calibration_text_does_not_fit_another_source_is_the_way_out() -> None:
+    writing, tight = replace(WANDA_ON_CPU, generation=WRITTEN), room(host=20 << 30)
+    assert refusal(WANDA_ON_CPU, tight, "auto", HALF) == ()
+    (line,) = refusal(writing, tight, "auto", HALF)
+    assert line.startswith(
+        "generate needs 139 GB (host), 118 GB above memory.host: 21.5 GB. It holds weights of the whole"
+    )
+    assert line.endswith(f"MiB; or {ANOTHER_SOURCE}")
+    (raised,) = re.findall(r"memory.host: (\d+)MiB", line)
+    assert refusal(writing, room(host=int(raised) << 20), "auto", HALF) == ()
+
+
+def test_a_model_that_writes_on_a_gpu_draws_its_tokens_on_the_host() -> None:
+    phases = footprint(replace(scale_70b(Wanda()), generation=WRITTEN), Choice(tier="host", fused=False, ahead=0), 0)
+    generate = phases[0]
+    cache = 16 * 2048 * WRITTEN.cache_numel
+    assert (generate.name, generate.bytes_in("device") > 2 * (WRITTEN.numel + cache)) == ("generate", True)
+    assert generate.bytes_in("host") < 1 << 27

@@ -10,7 +10,8 @@ from pipeline.memory_config import Tier
 from pipeline.methods.besa import Besa
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.methods.wanda import Wanda
-from pipeline.planning.footprint import READ_BUFFERS, Choice, Phase, footprint
+from pipeline.planning.footprint import READ_BUFFERS, Choice, footprint
+from pipeline.planning.held import Phase
 from pipeline.planning.scale import Scale
 from pipeline.sparsity import SLAB_NUMEL
 from tests.scales import LLAMA_70B, scale_70b
