@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 CHILD = """
-import json, sys
+import ctypes, json, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a run does not outlast whoever measures it
 from pipeline.config import parse_config
 from pipeline.progress import Silent
 from pipeline.run import run
