@@ -17,6 +17,7 @@ from pipeline.planning.work import (
     Linears,
     Pruning,
     Workload,
+    count_again,
     count_collect,
     count_propagate,
     statistics_bytes,
@@ -61,13 +62,14 @@ def shape_of_job(
 ) -> JobShape:
     """Work out what a recipe takes, its steps one after the other."""
     prunings = [count_prune(work, step) for step in recipe.steps]
+    again = seconds_of(count_again(work, recipe), gpu)  # every replica has its part of the sequences, as of collecting
     prune = sum(seconds_of(pruning.whole, gpu) for pruning in prunings)
     gathered = statistics_bytes(work, recipe)
     forward = seconds_of(count_propagate(work), gpu)
     weight_bytes = work.num_weights * work.dtype_bytes
     block = BlockCost(
         read=weight_bytes / read_bytes_per_s,
-        collect=seconds_of(count_collect(work, recipe), gpu),
+        collect=seconds_of(count_collect(work, recipe), gpu) + again,
         prune=prune,
         commit=weight_bytes / write_bytes_per_s,
         propagate=forward,

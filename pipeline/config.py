@@ -116,7 +116,7 @@ class PruneConfig(Section):
     @property
     def steps(self) -> Recipe:
         """The recipe as checked steps."""
-        return parse_recipe(self.recipe, self.target)
+        return parse_recipe(self.recipe, self.target, self.within_block)
 
 
 class ComputeConfig(Section):

@@ -179,7 +179,7 @@ def order_of(config: RunConfig, allocation: Allocation) -> Order:
     prune = config.prune
     return Order(
         recipe=prune.steps, allocation=allocation, skip=prune.skip,
-        within_block=prune.within_block, batch=config.compute.batch,
+        batch=config.compute.batch,
     )  # fmt: skip
 
 

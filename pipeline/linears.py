@@ -78,9 +78,10 @@ class Collector:
         return self._statistics[self._leader[name]] if self._statistics else Gathered()
 
     def groups(self) -> list[list[Linear]]:
-        """Return the linears grouped by the input they share, in the order they ran."""
+        """Return the linears grouped by the input they share, in the order they ran (where their inputs were seen)."""
+        ran = {name: position for position, name in enumerate(self._leader)}
         grouped: dict[str, list[Linear]] = {}
-        for linear in self._linears:
+        for linear in sorted(self._linears, key=lambda linear: ran.get(linear.name, len(ran))):
             grouped.setdefault(self._leader.get(linear.name, linear.name), []).append(linear)
         return list(grouped.values())
 

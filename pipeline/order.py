@@ -8,7 +8,7 @@ from torch import nn
 from pipeline.allocation import Allocation
 from pipeline.errors import ConfigError
 from pipeline.linears import Linear, find_linears
-from pipeline.recipe import Recipe, WithinBlock
+from pipeline.recipe import Recipe
 from pipeline.sparsity import SemiStructured, Sparsity, divides
 
 
@@ -19,7 +19,6 @@ class Order:
     recipe: Recipe
     allocation: Allocation
     skip: tuple[str, ...] = ()
-    within_block: WithinBlock = "joint"
     batch: int = 4
 
 

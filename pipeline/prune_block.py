@@ -19,7 +19,6 @@ def apply_recipe(
     sparsity: Sparsity,
     bench: Workbench,
     report: Report,
-    within_block: WithinBlock = "joint",
     batch: int = 1,
 ) -> PrunedBlock:
     """Run the steps in turn; each linear ends with the mask, weights and notes of all of them.
@@ -36,7 +35,7 @@ def apply_recipe(
             others |= made.others
         else:
             linear_steps = [step for step in steps if isinstance(step, LinearStep)]
-            _LinearSteps(linear_steps, coming, sparsity, bench).run(within_block, batch)
+            _LinearSteps(linear_steps, coming, sparsity, bench).run(recipe.within_block, batch)
     kept_rows = [kept_in_rows(linear.keep_OD) for linear in bench.so_far.values()]
     bench.peers.agree(torch.cat(kept_rows), "how many weights each row keeps")
     return PrunedBlock(linears=bench.so_far, others=others)
@@ -92,8 +91,9 @@ class _LinearSteps:
         """Replace the statistics of an input by those of the block as it is by now."""
         gathered = self._bench.gathered(group[0].name)
         kinds = [type(statistic) for statistic in gathered]
-        for kind in kinds:
-            gathered.drop(kind)
+        if not kinds:
+            return
+        _drop(gathered, kinds)
         gathered.take(self._bench.collect_again(group, kinds, batch))
 
     def _prune(self, step: LinearStep, position: int, owned: Sequence[tuple[list[Linear], int]]) -> None:

@@ -22,6 +22,8 @@ class Recipe:
 
     steps: tuple[Step, ...]
 
+    within_block: WithinBlock = "joint"
+
     @property
     def statistics(self) -> tuple[type[Statistic], ...]:
         """Distinct statistics that must be collected of every linear's inputs."""
@@ -52,7 +54,9 @@ class Recipe:
         return [{_name(step): step.model_dump(mode="json")} for step in self.steps]
 
 
-def parse_recipe(entries: Sequence[str | dict[str, Any]], sparsity: Sparsity) -> Recipe:
+def parse_recipe(
+    entries: Sequence[str | dict[str, Any]], sparsity: Sparsity, within_block: WithinBlock = "joint"
+) -> Recipe:
     """Read `[besa]`, `[{besa: {epochs: 2}}, sparsegpt]`, …; raises ValueError with every problem, one a line."""
     steps: list[Step] = []
     problems: list[str] = []
@@ -65,7 +69,7 @@ def parse_recipe(entries: Sequence[str | dict[str, Any]], sparsity: Sparsity) ->
         problems = _disagreements(steps, sparsity)
     if problems:
         raise ValueError("\n".join(problems))
-    return Recipe(steps=tuple(steps))
+    return Recipe(steps=tuple(steps), within_block=within_block)
 
 
 def _parse_step(entry: str | dict[str, Any]) -> Step:

@@ -123,8 +123,7 @@ class Transaction:
             begun.collector.sum_over(self._peers)
             begun.collector.check_finite()
             pruned = apply_recipe(
-                self._order.recipe, sparsity, self._bench(begun), self._progress.figures,
-                self._order.within_block, self._order.batch,
+                self._order.recipe, sparsity, self._bench(begun), self._progress.figures, self._order.batch,
             )  # fmt: skip
         with self._phase(watch, index, "commit"):
             if self._peers.rank > 0:

@@ -190,6 +190,8 @@ def _prune(scale: Scale) -> Iterator[Held]:
         (_made(scale, i) + _step_bytes(scale, s), type(s).__name__.lower()) for i, s in enumerate(steps)
     )
     yield on_device(f"work of {name}", working)
+    if scale.recipe.within_block == "sequential":
+        yield on_device("activations of a batch", _forward_bytes(scale, _batch_tokens(scale)))
     if scale.recipe.block_steps:
         yield on_device("activations to learn from", _learning_bytes(scale))
 

@@ -22,6 +22,7 @@ from pipeline.planning.scale import Generation, Scale
 from pipeline.planning.work import (
     Count,
     Workload,
+    count_again,
     count_collect,
     count_commit,
     count_propagate,
@@ -117,7 +118,7 @@ def costs(scale: Scale, choice: Choice, speeds: Speeds | None, outside_bytes: in
     """Return what the phases of a whole run take, in their order. `outside_bytes`: weights outside the blocks."""
     work, recipe, count = scale.work, scale.recipe, scale.work.num_blocks
     collect, propagate = count_collect(work, recipe), count_propagate(work)
-    prune = sum((count_prune(work, step).whole for step in recipe.steps), Count())
+    prune = sum((count_prune(work, step).whole for step in recipe.steps), count_again(work, recipe))
 
     def cost(name: str, once: Count, times: int = count) -> Cost:
         return _cost(scale, choice, speeds, name, once, times)

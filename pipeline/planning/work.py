@@ -160,6 +160,18 @@ def count_survey(work: Workload) -> Count:
     return count_read(work) + count_propagate(work) + Count(memory=COUNTING_BYTES * work.num_weights)
 
 
+def count_again(work: Workload, recipe: Recipe) -> Count:
+    """Count how statistics are gathered anew, input by input, by runs that end where that input is reached."""
+    if recipe.within_block == "joint" or not recipe.statistics:
+        return Count()
+    flops = gram = 0.0
+    for number, group in enumerate(work.groups[1:], start=1):
+        before = sum(weights_of(earlier) for earlier in work.groups[:number]) + work.num_tokens * work.hidden
+        flops += 2.0 * work.all_tokens * before
+        gram += 2.0 * work.all_tokens * group[0][1] ** 2 if Gram in recipe.statistics else 0.0
+    return Count(gemm=flops, gram=gram, hidden_read=(len(work.groups) - 1) * work.boundary_bytes)
+
+
 def count_collect(work: Workload, recipe: Recipe) -> Count:
     """Count the runs of the dense block that gather statistics and targets.
 
