@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pipeline.methods.admm import Admm
 from pipeline.methods.alps import Alps
 from pipeline.methods.besa import Besa
+from pipeline.methods.dsnot import Dsnot
 from pipeline.methods.reconstruct import Reconstruct
 from pipeline.methods.row_sparsity import NUM_CANDIDATES
 from pipeline.methods.sparsegpt import SparseGPT
@@ -16,6 +17,9 @@ SELECTION_BYTES = 80
 
 MASK_STEP_BYTES = 18
 """Memory traffic per weight and update of BESA: 16-bit ranks, the masked weight, its gradient."""
+
+SWAP_BYTES = 16
+"""Memory traffic per weight and swap of its row: gradient, row of the Gram matrix, gain."""
 
 LEARNING_STEP_BYTES = 48
 """Memory traffic per weight and update of reconstruct: value, gradient and moments, read and written, in float32."""
@@ -29,6 +33,17 @@ def count_prune(work: Workload, step: Step) -> Pruning:
 def _selection(work: Workload, step: Step) -> Pruning:
     """Replicas share the rows of each linear, and send each other the masks, a byte a weight."""
     return Pruning(shared=Count(memory=SELECTION_BYTES * work.num_weights), solved_bytes=work.num_weights)
+
+
+def _dsnot(work: Workload, step: Step) -> Pruning:
+    """Every swap of every row looks at all its weights again, a few numbers of each."""
+    assert isinstance(step, Dsnot)
+    once = SWAP_BYTES if step.criterion == "error" else 0
+    each = SELECTION_BYTES + step.cycles * once
+    return Pruning(
+        pieces=tuple(Count(memory=each * weights_of(group)) for group in work.groups),
+        solved_bytes=(1 + work.dtype_bytes) * work.num_weights,
+    )
 
 
 def _by_input(work: Workload, step: Step) -> Pruning:
@@ -88,5 +103,6 @@ _PRUNING: dict[type[Step], Callable[[Workload, Step], Pruning]] = {
     Admm: _by_input,
     Alps: _by_input,
     Besa: _besa,
+    Dsnot: _dsnot,
     Reconstruct: _reconstruct,
 }

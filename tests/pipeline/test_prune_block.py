@@ -1,4 +1,4 @@
-"""A recipe on one block: `joint` judges by the dense block's inputs, `sequential` by those of what is pruned by then."""
+"""A recipe on one block: `joint` judges by the dense block's inputs, `sequential` by those of what is pruned so far."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -33,7 +33,7 @@ class Gated(nn.Module):
         self.gate, self.up = nn.Linear(16, 24, bias=False), nn.Linear(16, 24, bias=False)
         self.scale = nn.Parameter(torch.ones(16))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         return x + self.down(torch.relu(self.gate(self.scale * x)) * self.up(self.scale * x))
 
 
