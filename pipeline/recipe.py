@@ -9,7 +9,7 @@ from pydantic import JsonValue, ValidationError
 
 from pipeline.methods import METHODS
 from pipeline.methods.step import BlockStep, Step
-from pipeline.sparsity import SemiStructured, Sparsity
+from pipeline.sparsity import Sparsity
 from pipeline.statistics import Statistic
 
 WithinBlock = Literal["joint", "sequential"]
@@ -101,11 +101,13 @@ def _disagreements(steps: Sequence[Step], sparsity: Sparsity) -> list[str]:
                 f"[{position}] {name} chooses a mask of its own, but {_name(steps[0])} has chosen one before "
                 "it; put it first, or leave one of them out"
             )
-        if position == 0 and isinstance(sparsity, SemiStructured) and not step.accepts_pattern:
+        if position > 0 and steps[position - 1].quantises:
             problems.append(
-                f"[{position}] {name} learns how many weights each row drops, which {sparsity} fixes; "
-                "use wanda or sparsegpt for N:M, or a fraction such as 0.5"
+                f"[{position}] {name} would take weights off the grids that {_name(steps[position - 1])} has put them "
+                "on; quantize in the last step only"
             )
+        if position == 0 and (reason := step.refusal(sparsity)) is not None:
+            problems.append(f"[{position}] {reason}")
     return problems
 
 

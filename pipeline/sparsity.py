@@ -177,7 +177,9 @@ def keep_by_matrix(score_OD: torch.Tensor, sparsity: Sparsity) -> torch.Tensor:
 
 
 def rank_dtype(num_columns: int) -> torch.dtype:
-    """Return the dtype of ranks within rows of this length: int16 up to 32767 entries, else int32."""
+    """Return the dtype of ranks within rows of this length: uint8 up to 255 entries, int16 up to 32767, else int32."""
+    if num_columns <= torch.iinfo(torch.uint8).max:
+        return torch.uint8
     return torch.int16 if num_columns <= torch.iinfo(torch.int16).max else torch.int32
 
 

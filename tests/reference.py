@@ -103,21 +103,28 @@ def brain_surgeon(
 # ---------------------------------------------------------------------------------------------------------- BESA
 
 
-def keep_probability(share_GP: torch.Tensor, rank_OD: torch.Tensor) -> torch.Tensor:
-    """Return K_rj = 1 - sum_i s_ri [rank_rj < floor(D p_i)] with p_i = i / (P - 1), written out for every weight."""
-    num_steps, num_columns = share_GP.shape[1] - 1, rank_OD.shape[1]
+def keep_probability(share_GP: torch.Tensor, rank_OD: torch.Tensor, stretch: int | None = None) -> torch.Tensor:
+    """Return K_rj = 1 - sum_i s_ri [rank_rj < floor(S p_i)] with p_i = i / (P - 1), written out for every weight.
+
+    Ranks count within the S columns of a stretch: the whole row, or an N:M group.
+    """
+    num_steps, width = share_GP.shape[1] - 1, stretch or rank_OD.shape[1]
     share_OP = share_GP.expand(len(rank_OD), -1)
     pruned_OD = torch.zeros(rank_OD.shape, dtype=share_GP.dtype)
     for i in range(num_steps + 1):
-        pruned_OD = pruned_OD + share_OP[:, i : i + 1] * (rank_OD < i * num_columns // num_steps)
+        pruned_OD = pruned_OD + share_OP[:, i : i + 1] * (rank_OD < i * width // num_steps)
     return 1 - pruned_OD
 
 
 def straight_through_weight(
-    share_GP: torch.Tensor, weight_OD: torch.Tensor, rank_OD: torch.Tensor, num_pruned_G: torch.Tensor
+    share_GP: torch.Tensor,
+    weight_OD: torch.Tensor,
+    rank_OD: torch.Tensor,
+    num_pruned_G: torch.Tensor,
+    stretch: int | None = None,
 ) -> torch.Tensor:
     """Return W * M, where M has the value of the hard mask and the gradient of K (BESA, released code)."""
-    soft_OD = keep_probability(share_GP, rank_OD)
+    soft_OD = keep_probability(share_GP, rank_OD, stretch)
     hard_OD = (rank_OD >= num_pruned_G[:, None]).to(soft_OD.dtype)
     return weight_OD * (hard_OD + soft_OD - soft_OD.detach())
 

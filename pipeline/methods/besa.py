@@ -9,46 +9,60 @@ descent on
 
 Departures from the released code: its parametrisation confines sparsities to 0.38…0.62 whatever the target, so here
 it is tilted, and starts at the target; a projection meets the budget exactly; the mask gradient is in closed form.
+
+Two things may be learnt beyond that. `mix`, for N:M patterns: how many of every M weights each row (or linear) keeps, N
+of them on average over the block; what has been learnt is then held against the pattern itself, and the better of them
+stays. `quantize`, section 3.3 of the paper: the ends of the grids that kept weights are put on (see `quantisation.py`).
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import ClassVar, Literal
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from prodigyopt import Prodigy
 from pydantic import Field
 
 from pipeline.errors import NumericsError
-from pipeline.lazy_weights import Maker
-from pipeline.methods.row_sparsity import (
-    NUM_CANDIDATES,
-    MaskedWeight,
-    candidate_sparsities,
-    hard_keep,
-    project_to_budget,
-    pruned_counts,
-    shares,
-    tilt_towards,
+from pipeline.methods.learnable import Granularity, Learnable, learnable
+from pipeline.methods.pattern_mix import nearest_mix
+from pipeline.methods.quantisation import Quantize, slab_bytes
+from pipeline.methods.row_sparsity import NUM_CANDIDATES, project_to_budget
+from pipeline.methods.step import (
+    BlockStep,
+    BlockView,
+    MiniBatch,
+    PrunedBlock,
+    Report,
+    Shapes,
+    largest,
+    num_weights,
 )
-from pipeline.methods.step import BlockStep, BlockView, MiniBatch, PrunedBlock, PrunedLinear, Report, Shapes, largest
-from pipeline.methods.wanda import input_norms, wanda_scores
-from pipeline.sparsity import Sparsity, Unstructured, map_rows, rank_dtype, row_ranks, selection_bytes
+from pipeline.methods.wanda import input_norms
+from pipeline.sparsity import SemiStructured, Sparsity, Unstructured, rank_dtype, selection_bytes
 from pipeline.statistics import ColumnSquares, Statistic, relative_error
 from pipeline.stream_names import StreamName
 
 TENSORS_PER_PARAMETER = 10
 """The parameters, Prodigy's three tensors, gradients, and what autograd keeps of the shares."""
 
+MIX_REACH = 16.0
+"""How much further shares reach in a mix of patterns."""
+
+WAYS = (0.0, 0.5, 1.0)
+"""How far towards what has been learnt a mix of patterns is tried."""
+
 
 class Besa(BlockStep):
     """Blockwise parameter-efficient sparsity allocation."""
 
-    accepts_pattern: ClassVar[bool] = False
-
-    granularity: Literal["row", "linear"] = "row"
+    granularity: Granularity = "row"
     """What learns a sparsity of its own: every row, or every linear."""
+
+    mix: bool = False
+    """For an N:M pattern: every row (or linear) keeps as many of each group as it has learnt, N on average. Off, there
+    is nothing to learn of N:M, and it is refused."""
+
+    quantize: Quantize | None = None
+    """Put kept weights on grids of few levels, whose ends are learnt together with the sparsities."""
 
     target: StreamName = "pruned"
     """Stream on which the dense block makes the reference output: the pruned stream, or the dense stream."""
@@ -63,7 +77,8 @@ class Besa(BlockStep):
     """Weight of the squared relative distance from the target sparsity."""
 
     reach: float = Field(default=1.0, gt=0)
-    """How far rows may move from the target: shares of candidates change by a factor of at most e^reach."""
+    """How far rows may move from the target: shares of candidates change by a factor of at most e^reach; of at most
+    e^(16 reach) in a mix of patterns, where one whole count is a long way from the next."""
 
     growth: float = Field(default=5.0, gt=0)
     """Prodigy's d_coef: scales the step size that it finds by itself."""
@@ -77,55 +92,109 @@ class Besa(BlockStep):
         """Wanda's, whose order of weights is kept."""
         return (ColumnSquares,)
 
+    @property
+    def quantises(self) -> bool:
+        """Whether kept weights are put on grids."""
+        return self.quantize is not None
+
+    def refusal(self, sparsity: Sparsity) -> str | None:
+        """Say that exactly N:M everywhere leaves nothing to learn."""
+        if isinstance(sparsity, Unstructured) or self.mix:
+            return None
+        return (
+            f"besa learns how many weights each row drops, which {sparsity} fixes; use wanda or sparsegpt for "
+            f"{sparsity} everywhere, `besa: {{mix: true}}` for {sparsity} on average (with `granularity: linear`, each "
+            "linear in a pattern of its own), or a fraction such as 0.5"
+        )
+
+    @property
+    def num_trials(self) -> int:
+        """Passes over the calibration sequences once all is learnt, to choose among mixes of patterns."""
+        return len(WAYS) if self.mix else 0
+
+    def num_parameters(self, shapes: Collection[tuple[int, int]]) -> int:
+        """Return how many numbers are learnt of linears of these shapes, at most."""
+        grids = [
+            0 if self.quantize is None else 2 * rows * self.quantize.num_grids(columns) for rows, columns in shapes
+        ]
+        groups = [rows if self.granularity == "row" else 1 for rows, _ in shapes]
+        return NUM_CANDIDATES * sum(groups) + sum(grids)
+
     def working_bytes(self, shapes: Shapes, groups: Sequence[Sequence[str]], dtype: torch.dtype) -> int:
         """Ranks, parameters, and the gradient of one linear's masked weight with that weight, or with its sums.
 
-        Masks take the place of the ranks, linear by linear.
+        Masks take the place of the ranks, linear by linear; quantised weights come beside them. Ranks within N:M groups
+        take less than the ranks within rows that are counted here.
         """
         ranks = sum(rows * columns * rank_dtype(columns).itemsize for rows, columns in shapes.values())
-        groups_of_rows = sum(rows for rows, _ in shapes.values()) if self.granularity == "row" else len(shapes)
-        parameters = 4 * NUM_CANDIDATES * groups_of_rows * TENSORS_PER_PARAMETER
+        selection, results = selection_bytes(largest(shapes)), 0
+        if self.quantises:
+            selection, results = slab_bytes(largest(shapes)), dtype.itemsize * num_weights(shapes)
         masked = dtype.itemsize * largest(shapes)
-        return ranks + parameters + masked + max(masked, selection_bytes(largest(shapes)))
+        parameters = 4 * self.num_parameters(shapes.values()) * TENSORS_PER_PARAMETER
+        return ranks + parameters + max(masked + max(masked, selection), results)
 
     def prune(self, block: BlockView, sparsity: Sparsity, report: Report) -> PrunedBlock:
         """Learn the sparsities of one block, project them to its budget, and return the masks."""
-        assert isinstance(sparsity, Unstructured)
-        rows = [self._learnable(block, name, sparsity) for name in block.weights]
-        optimizer = Prodigy([r.theta_GP for r in rows], d0=self.first_step, d_coef=self.growth)
+        linears = [self._learnable(block, name, sparsity) for name in block.weights]
+        optimizer = Prodigy(
+            [p for linear in linears for p in linear.parameters], d0=self.first_step, d_coef=self.growth
+        )
         for epoch in range(self.epochs):
             for mini_batch in block.mini_batches(self.batch):
                 optimizer.zero_grad()
-                figures = self._accumulate(rows, block, mini_batch, sparsity.ratio)
-                block.sum([r.gradient() for r in rows])
+                figures = self._accumulate(linears, block, mini_batch, sparsity.ratio)
+                block.sum([gradient for linear in linears for gradient in linear.gradients()])
                 optimizer.step()
                 report({"epoch": epoch, **figures})
-        return PrunedBlock(linears=masks_within_budget(rows, sparsity))
-
-    def _learnable(self, block: BlockView, name: str, sparsity: Unstructured) -> "LearnableRows":
-        weight_OD, norm_D = block.weights[name], input_norms(block.statistic(name, ColumnSquares))
-        num_groups = len(weight_OD) if self.granularity == "row" else 1
-        return LearnableRows(
-            name=name,
-            weight_OD=weight_OD,
-            rank_OD=map_rows(
-                lambda rows: row_ranks(wanda_scores(rows, norm_D)), weight_OD, rank_dtype(weight_OD.shape[1])
-            ),
-            theta_GP=torch.zeros(num_groups, NUM_CANDIDATES, device=weight_OD.device, requires_grad=True),
-            tilt_P=tilt_towards(sparsity.ratio, weight_OD.device),
-            reach=self.reach,
+        counts = self._counts(linears, block, sparsity)
+        return PrunedBlock(
+            linears={linear.name: linear.pruned(count_O) for linear, count_O in emptied(linears, counts)}
         )
 
+    def _learnable(self, block: BlockView, name: str, sparsity: Sparsity) -> Learnable:
+        norm_D = input_norms(block.statistic(name, ColumnSquares))
+        reach = self.reach * (MIX_REACH if isinstance(sparsity, SemiStructured) else 1.0)
+        return learnable(name, block.weights[name], norm_D, sparsity, self.granularity, reach, self.quantize)
+
+    @torch.no_grad()
+    def _counts(self, linears: list[Learnable], block: BlockView, sparsity: Sparsity) -> list[torch.Tensor]:
+        """Return how many weights of each stretch every row drops, int64 [O] per linear, within the budget.
+
+        Of N:M mixes on the way from the pattern itself to what has been learnt, the one under which the block errs
+        least on the calibration sequences: whole counts are coarse, and what has been learnt may have overshot.
+        """
+        learnt = [linear.alphas(linear.shares()) for linear in linears]
+        if isinstance(sparsity, Unstructured):
+            return whole_counts(linears, learnt, sparsity)
+        errors, ways = [], []
+        for way in WAYS:
+            alphas = [sparsity.ratio + way * (alpha_G - sparsity.ratio) for alpha_G in learnt]
+            ways.append(whole_counts(linears, alphas, sparsity))
+            errors.append(self._error(linears, ways[-1], block))
+        return ways[int(torch.stack(errors).argmin())]
+
+    def _error(self, linears: list[Learnable], counts: list[torch.Tensor], block: BlockView) -> torch.Tensor:
+        """Return the block's error with that many weights dropped, summed over the updates of a pass."""
+        weights = {linear.name: linear.maker_of(count_O) for linear, count_O in zip(linears, counts, strict=True)}
+        error = torch.zeros((), device=linears[0].weight_OD.device)
+        for mini_batch in block.mini_batches(self.batch):
+            if mini_batch.weight > 0:
+                output_BTD = block.output(weights, mini_batch.here)
+                error += mini_batch.weight * relative_error(output_BTD, block.target(mini_batch.here, self.target))
+        block.sum([error])
+        return error
+
     def _accumulate(
-        self, rows: list["LearnableRows"], block: BlockView, mini_batch: MiniBatch, target: float
+        self, linears: list[Learnable], block: BlockView, mini_batch: MiniBatch, target: float
     ) -> Mapping[str, float]:
         """Add the gradient of one mini-batch's loss to the parameters; return the figures of the step.
 
         Summed over replicas, the losses are the errors' weighted mean, and the penalty once.
         """
-        shares_of = [r.shares() for r in rows]
-        weights = {r.name: r.masked_weight(share) for r, share in zip(rows, shares_of, strict=True)}
-        expected = block_sparsity(rows, shares_of)
+        shares_of = [linear.shares() for linear in linears]
+        weights = {linear.name: linear.maker(share) for linear, share in zip(linears, shares_of, strict=True)}
+        expected = block_sparsity(linears, shares_of)
         error = torch.zeros_like(expected)
         if mini_batch.weight > 0:
             error = relative_error(block.output(weights, mini_batch.here), block.target(mini_batch.here, self.target))
@@ -142,56 +211,33 @@ class Besa(BlockStep):
         return figures
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LearnableRows:
-    """One linear with the parameters of its rows' sparsities."""
-
-    name: str
-    weight_OD: torch.Tensor
-    rank_OD: torch.Tensor
-    theta_GP: torch.Tensor
-    tilt_P: torch.Tensor
-    reach: float
-
-    def shares(self) -> torch.Tensor:
-        """Return each group's distribution over candidate sparsities, float32 [G, P]."""
-        return shares(self.theta_GP, self.tilt_P, self.reach)
-
-    def gradient(self) -> torch.Tensor:
-        """Return the gradient of the parameters, once there is one."""
-        assert self.theta_GP.grad is not None
-        return self.theta_GP.grad
-
-    def alphas(self, share_GP: torch.Tensor) -> torch.Tensor:
-        """Return the sparsity of each group, float32 [G]."""
-        return share_GP @ candidate_sparsities(share_GP.device)
-
-    def masked_weight(self, share_GP: torch.Tensor) -> Maker:
-        """Return what makes the weight under its present hard mask, differentiable in the shares."""
-        counts_G = pruned_counts(self.alphas(share_GP.detach()), self.weight_OD.shape[1])
-        return partial(MaskedWeight.apply, share_GP, self.weight_OD, self.rank_OD, counts_G)
-
-
-def block_sparsity(rows: list[LearnableRows], shares_of: list[torch.Tensor]) -> torch.Tensor:
+def block_sparsity(linears: list[Learnable], shares_of: list[torch.Tensor]) -> torch.Tensor:
     """Return the expected fraction removed from the block, weighted by size, differentiable."""
-    total = sum(r.weight_OD.numel() for r in rows)
-    parts = [r.alphas(s).mean() * (r.weight_OD.numel() / total) for r, s in zip(rows, shares_of, strict=True)]
+    total = sum(r.weight_OD.numel() for r in linears)
+    parts = [r.alphas(s).mean() * (r.weight_OD.numel() / total) for r, s in zip(linears, shares_of, strict=True)]
     return torch.stack(parts).sum()
 
 
-@torch.no_grad()
-def masks_within_budget(rows: list[LearnableRows], sparsity: Unstructured) -> dict[str, PrunedLinear]:
-    """Return the final masks: the block loses exactly floor(ratio * weights) weights.
-
-    Takes the linears out of `rows`, so that the ranks of each make room for its mask.
-    """
-    alphas = [r.alphas(r.shares()).expand(len(r.weight_OD)) for r in rows]
-    budget = sparsity.num_pruned(sum(r.weight_OD.numel() for r in rows))
-    counts = project_to_budget(alphas, [r.weight_OD.shape[1] for r in rows], budget)
-    pruned = {}
+def emptied(linears: list[Learnable], counts: Sequence[torch.Tensor]) -> Iterator[tuple[Learnable, torch.Tensor]]:
+    """Yield linears with their counts, taken out of the list, so that the ranks of each make room for its mask."""
     for count_O in counts:
-        r = rows.pop(0)
-        share = count_O.double() / r.weight_OD.shape[1]
-        notes = {"row_sparsity_min": share.min().item(), "row_sparsity_max": share.max().item()}
-        pruned[r.name] = PrunedLinear(keep_OD=hard_keep(r.rank_OD, count_O.to(r.rank_OD.device)), notes=notes)
-    return pruned
+        yield linears.pop(0), count_O
+
+
+def whole_counts(
+    linears: Sequence[Learnable], alphas: Sequence[torch.Tensor], sparsity: Sparsity
+) -> list[torch.Tensor]:
+    """Turn sparsities [G] into how many weights of each stretch every row drops, within the budget of the block.
+
+    Unstructured, the block loses exactly floor(ratio * weights) weights. Under N:M it keeps N of M, less what rounding
+    to whole counts may take: less than a row's count where rows learn, and LEEWAY where linears do.
+    """
+    rows, sizes = [len(linear.weight_OD) for linear in linears], [linear.weight_OD.numel() for linear in linears]
+    if isinstance(sparsity, SemiStructured) and all(len(alpha_G) == 1 for alpha_G in alphas):
+        kept = nearest_mix([alpha_G.item() for alpha_G in alphas], sizes, sparsity)
+        return [torch.full((num,), sparsity.group - keep) for num, keep in zip(rows, kept, strict=True)]
+    alphas = [alpha_G.expand(num) for alpha_G, num in zip(alphas, rows, strict=True)]
+    widths, units, most = [linear.stretch for linear in linears], None, 1.0
+    if isinstance(sparsity, SemiStructured):
+        units, most = [linear.weight_OD.shape[1] // linear.stretch for linear in linears], 1 - 1 / sparsity.group
+    return project_to_budget(alphas, widths, sparsity.num_pruned(sum(sizes)), units, most)

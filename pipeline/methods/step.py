@@ -113,11 +113,17 @@ class Step(BaseModel, ABC):
     needs_mask: ClassVar[bool] = False
     """Whether it only works on a mask that is there, and so cannot come first."""
 
-    accepts_pattern: ClassVar[bool] = True
-    """Whether it can prune to N:M."""
-
     rewrites: ClassVar[bool] = False
     """Whether it gives kept weights new values."""
+
+    @property
+    def quantises(self) -> bool:
+        """Whether it puts kept weights on grids, which a later step would take them off."""
+        return False
+
+    def refusal(self, sparsity: Sparsity) -> str | None:
+        """Say why it cannot prune so, and what can; None where it can."""
+        return None
 
     @property
     @abstractmethod

@@ -203,7 +203,7 @@ def _step_bytes(scale: Scale, step: Step) -> int:
 def _made(scale: Scale, num_steps: int) -> int:
     """Masks, and new weights, that the first steps of the recipe have made."""
     steps, numel = scale.recipe.steps[:num_steps], scale.work.num_weights
-    rewritten = any(step.rewrites for step in steps)
+    rewritten = any(step.rewrites or step.quantises for step in steps)
     return (numel if steps else 0) + (numel * scale.dtype.itemsize if rewritten else 0)
 
 

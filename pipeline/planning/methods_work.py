@@ -7,7 +7,6 @@ from pipeline.methods.alps import Alps
 from pipeline.methods.besa import Besa
 from pipeline.methods.dsnot import Dsnot
 from pipeline.methods.reconstruct import Reconstruct
-from pipeline.methods.row_sparsity import NUM_CANDIDATES
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.methods.step import BlockStep, Step
 from pipeline.planning.work import Count, Linears, Pruning, Workload, weights_of
@@ -20,6 +19,9 @@ MASK_STEP_BYTES = 18
 
 SWAP_BYTES = 16
 """Memory traffic per weight and swap of its row: gradient, row of the Gram matrix, gain."""
+
+GRID_STEP_BYTES = 160
+"""More of it where weights are put on grids: their levels are found four times over."""
 
 LEARNING_STEP_BYTES = 48
 """Memory traffic per weight and update of reconstruct: value, gradient and moments, read and written, in float32."""
@@ -77,13 +79,14 @@ def _num_updates(work: Workload, step: BlockStep) -> int:
 
 
 def _besa(work: Workload, step: Step) -> Pruning:
-    """Every replica ranks all weights."""
+    """Every replica ranks all weights; trials of a mix of patterns are a pass each."""
     assert isinstance(step, Besa)
-    rows = work.num_rows if step.granularity == "row" else sum(len(group) for group in work.groups)
+    trials = Count(gemm=step.num_trials * work.forward_flops, hidden_read=2 * step.num_trials * work.boundary_bytes)
+    step_bytes = MASK_STEP_BYTES + (GRID_STEP_BYTES if step.quantises else 0)
     return Pruning(
-        shared=_learning(work, step, MASK_STEP_BYTES),
+        shared=_learning(work, step, step_bytes) + trials,
         repeated=Count(memory=SELECTION_BYTES * work.num_weights),
-        gradient_bytes=4 * NUM_CANDIDATES * rows,
+        gradient_bytes=4 * step.num_parameters([shape for group in work.groups for shape in group]),
         num_updates=_num_updates(work, step),
     )
 

@@ -196,7 +196,7 @@ def count_commit(work: Workload, recipe: Recipe) -> Count:
     Kept weights that no step has changed are read from the source once more, where blocks run in a narrower dtype.
     """
     size = work.num_weights * work.stored_bytes
-    rewritten = any(step.rewrites for step in recipe.steps)
+    rewritten = any(step.rewrites or step.quantises for step in recipe.steps)
     is_read = not rewritten and work.dtype_bytes < work.stored_bytes
     return Count(weights_read=size if is_read else 0, weights_written=size)
 

@@ -1,5 +1,6 @@
 """Every recipe on three kinds of block (LLaMA's, gpt2's Conv1D, gpt-neox's fused projections) counts exactly."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.ledger import Ledger
 from pipeline.progress import Silent
 from pipeline.verify import verify
 from tests.integration.support import RecipeEntries, by_rows, carry_out, job, load, same_bits, tensors_in, write_text
@@ -164,3 +166,28 @@ def test_wandas_masks_do_not_depend_on_the_batch(family: str, base: Path, tmp_pa
         carry_out(job(base / family, tmp_path / str(batch), ["wanda"], compute={"batch": batch}, evaluate=None))
     alone, together = (tensors_in(tmp_path / str(batch) / "model") for batch in (1, 4))
     assert [name for name in alone if not same_bits(alone[name], together[name])] == []
+
+
+@pytest.mark.parametrize(
+    "recipe", [[{"besa": {"mix": True}}], [{"besa": {"mix": True, "granularity": "linear"}}, "sparsegpt"]]
+)
+def test_a_mix_of_patterns_keeps_within_the_budget_and_every_linear_says_its_own(
+    recipe: RecipeEntries, base: Path, tmp_path: Path
+) -> None:
+    carry_out(job(base / "llama", tmp_path / "run", recipe, "2:4", evaluate=None))
+    for commit in Ledger.read(tmp_path / "run").commits.values():
+        records = commit.linears.values()
+        numel = sum(record.numel for record in records)
+        assert numel / 2 <= sum(record.pruned for record in records) < 0.52 * numel
+        assert all(re.fullmatch(r"[123]:4|0\.\d+|0", record.sparsity) for record in records)
+    verify(tmp_path / "run", base / "llama", Silent())
+
+
+def test_quantised_weights_take_few_values_in_every_grid(base: Path, tmp_path: Path) -> None:
+    recipe: RecipeEntries = [{"besa": {"quantize": {"bits": 3, "group": 8}}}]
+    report = carry_out(job(base / "llama", tmp_path / "run", recipe, 0.5, evaluate=None))
+    weights = by_rows(load(base / "llama"), tensors_in(tmp_path / "run" / "model"))
+    assert report.pruned_weights == sum(w.numel() for w in weights.values()) // 2
+    for weight in weights.values():
+        assert all(len(grid.unique()) <= 8 for grid in weight.reshape(-1, 8))
+    verify(tmp_path / "run", base / "llama", Silent())

@@ -10,10 +10,11 @@ from prodigyopt import Prodigy
 
 from pipeline.errors import NumericsError
 from pipeline.lazy_weights import Maker
-from pipeline.methods.besa import Besa, LearnableRows, block_sparsity
+from pipeline.methods.besa import Besa, block_sparsity
+from pipeline.methods.learnable import Learnable, learnable
 from pipeline.methods.row_sparsity import shares, tilt_towards
 from pipeline.methods.step import NOTHING, PrunedLinear
-from pipeline.sparsity import Unstructured, row_ranks
+from pipeline.sparsity import Unstructured
 from pipeline.statistics import AnyStatistic, ColumnSquares
 from pipeline.stream_names import StreamName
 from tests import reference
@@ -237,16 +238,9 @@ def test_a_loss_that_is_not_finite_stops_the_block() -> None:
         prune(Besa(), 50, BrokenBlock())
 
 
-def untrained(num_rows: int, num_columns: int, target: float) -> LearnableRows:
-    weight_OD = normal(num_rows, num_columns, seed=4)
-    return LearnableRows(
-        name="linear",
-        weight_OD=weight_OD,
-        rank_OD=row_ranks(weight_OD),
-        theta_GP=torch.zeros(num_rows, 101, requires_grad=True),
-        tilt_P=tilt_towards(target, torch.device("cpu")),
-        reach=1.0,
-    )
+def untrained(num_rows: int, num_columns: int, target: float) -> Learnable:
+    weight_OD, norm_D = normal(num_rows, num_columns, seed=4), torch.ones(num_columns)
+    return learnable("linear", weight_OD, norm_D, Unstructured(ratio=target), "row", 1.0, None)
 
 
 def test_the_sparsity_of_a_block_weighs_its_linears_by_size() -> None:
@@ -260,5 +254,4 @@ def test_the_sparsity_of_a_block_weighs_its_linears_by_size() -> None:
 
 def test_its_statistic_is_wandas() -> None:
     assert Besa().statistics == (ColumnSquares,)
-    assert not Besa.accepts_pattern
     assert not Besa.accepts_mask

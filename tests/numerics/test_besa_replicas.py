@@ -7,8 +7,9 @@ import torch
 
 from pipeline.lazy_weights import Maker
 from pipeline.methods.besa import Besa
+from pipeline.methods.quantisation import Quantize
 from pipeline.methods.step import NOTHING, MiniBatch, PrunedLinear
-from pipeline.sparsity import Unstructured
+from pipeline.sparsity import SemiStructured, Sparsity, Unstructured
 from pipeline.statistics import AnyStatistic
 from pipeline.stream_names import StreamName
 from tests.blocks import SmallBlock
@@ -66,12 +67,25 @@ class ReplicaBlock(LinearBlock):
         self._peer.sum(tensors)
 
 
-def pruned_by(shares: Sequence[slice]) -> list[tuple[PrunedLinear, list[float]]]:
+BESA = Besa()
+OTHERS = pytest.mark.parametrize(
+    ("besa", "sparsity"),
+    [
+        (Besa(quantize=Quantize(bits=3, group=8)), HALF),
+        (Besa(mix=True), SemiStructured(keep=2, group=4)),
+        (Besa(mix=True, granularity="linear"), SemiStructured(keep=2, group=4)),
+    ],
+    ids=["quantised", "rows mixed", "linears mixed"],
+)
+
+
+def pruned_by(
+    shares: Sequence[slice], besa: Besa = BESA, sparsity: Sparsity = HALF
+) -> list[tuple[PrunedLinear, list[float]]]:
     def work(peer: ThreadPeer) -> tuple[PrunedLinear, list[float]]:
         seen: list[float] = []
-        pruned = (
-            Besa().prune(ReplicaBlock(peer, shares), HALF, lambda figures: seen.append(figures["sparsity"])).linears
-        )
+        block = ReplicaBlock(peer, shares)
+        pruned = besa.prune(block, sparsity, lambda figures: seen.append(figures["sparsity"])).linears
         return pruned["linear"], seen
 
     return together(len(shares), work)
@@ -84,6 +98,26 @@ def test_all_replicas_learn_the_same_and_meet_the_budget(shares: list[slice]) ->
     assert seen == seen_too
     assert len(seen) == max(share.stop - share.start for share in shares)
     assert int((~first.keep_OD).sum()) == 12 * 24 // 2
+
+
+@OTHERS
+def test_patterns_and_grids_come_out_alike_on_all_replicas(besa: Besa, sparsity: Sparsity) -> None:
+    (first, _), (second, _) = pruned_by([slice(0, 4), slice(4, 6)], besa, sparsity)
+    assert torch.equal(first.keep_OD, second.keep_OD)
+    if besa.quantises:
+        assert first.weight_OD is not None
+        assert second.weight_OD is not None
+        assert torch.equal(first.weight_OD, second.weight_OD)
+
+
+@OTHERS
+def test_patterns_and_grids_of_replicas_with_the_same_sequences_are_those_of_one(
+    besa: Besa, sparsity: Sparsity
+) -> None:
+    alone = besa.prune(LinearBlock(slice(0, 3)), sparsity, lambda figures: None).linears["linear"]
+    for twin, _ in pruned_by([slice(0, 3), slice(0, 3)], besa, sparsity):
+        assert torch.equal(twin.keep_OD, alone.keep_OD)
+        assert twin.notes == pytest.approx(alone.notes)
 
 
 def test_replicas_with_the_same_sequences_learn_what_one_learns() -> None:

@@ -123,16 +123,16 @@ def test_the_gradient_is_that_of_the_soft_mask_written_out(shape: tuple[int, int
 @GROUPS
 def test_slabs_do_not_change_the_gradient(num_groups: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, weight_OD, rank_OD, _ = problem((40, 100), num_groups)
-    whole = prefix_at_candidates(weight_OD.sin(), weight_OD, rank_OD)
+    whole = prefix_at_candidates(weight_OD.sin(), weight_OD.__getitem__, rank_OD)
     monkeypatch.setattr(sparsity, "SLAB_NUMEL", 7 * 100 + 1)
-    assert torch.equal(prefix_at_candidates(weight_OD.sin(), weight_OD, rank_OD), whole)
+    assert torch.equal(prefix_at_candidates(weight_OD.sin(), weight_OD.__getitem__, rank_OD), whole)
 
 
 @pytest.mark.parametrize("num_columns", [7, 100, 576, 5120, 11008, 12800, 28672])
 def test_candidates_cut_a_row_at_the_floor_of_their_share(num_columns: int) -> None:
     """With all products 1, the sum over the floor(D p) lowest ranks is that count itself."""
     ones_OD, rank_OD = torch.ones(1, num_columns), torch.arange(num_columns)[None]
-    counts = prefix_at_candidates(ones_OD, ones_OD, rank_OD)[0].long().tolist()
+    counts = prefix_at_candidates(ones_OD, ones_OD.__getitem__, rank_OD)[0].long().tolist()
     assert counts == [percent * num_columns // 100 for percent in range(101)]
 
 

@@ -44,6 +44,20 @@ def test_patterns_go_with_every_method_that_does_not_learn_counts(entries: Entri
     assert len(parse_recipe(entries, TWO_OF_FOUR).steps) == len(entries)
 
 
+def test_besa_prunes_to_a_mix_of_patterns() -> None:
+    assert parse_recipe([{"besa": {"mix": True}}, "sparsegpt"], TWO_OF_FOUR).steps == (Besa(mix=True), SparseGPT())
+
+
+def test_a_step_that_quantises_comes_last() -> None:
+    entries: Entries = ["wanda", {"besa": {"quantize": {"bits": 3}}}]
+    assert parse_recipe(entries[1:], HALF).steps[0].quantises
+    message = (
+        r"^\[1\] sparsegpt would take weights off the grids that besa has put them on; quantize in the last step only$"
+    )
+    with pytest.raises(ValueError, match=message):
+        parse_recipe([*entries[1:], "sparsegpt"], HALF)
+
+
 @pytest.mark.parametrize(
     ("entries", "statistics", "targets", "dense_stream"),
     [
@@ -88,6 +102,7 @@ def test_a_recipe_as_data_reads_back_as_itself() -> None:
         (["wanda", {"besa": {"epoch": 1}}], HALF, r"^\[1\] besa\.epoch: .* \(options: target, epochs, batch, "),
         ([{"wanda": {"scope": 1}}], HALF, r"^\[0\] wanda\.scope: .* \(options: none\)$"),
         ([{"besa": {"epochs": 0}}], HALF, r"^\[0\] besa\.epochs: Input should be greater than or equal to 1"),
+        ([{"besa": {"quantize": {"bits": 1}}}], HALF, r"^\[0\] besa\.quantize\.bits: Input should be greater than or"),
         ([{"magnitude": {"scope": "block"}}], HALF, r"^\[0\] magnitude\.scope: Input should be 'matrix' or 'row'"),
         ([{"sparsegpt": {"damping": 2}}], HALF, r"^\[0\] sparsegpt\.damping: Input should be less than or equal to 1"),
         ([{"besa": [1]}], HALF, r"^\[0\] besa: Input should be a valid dictionary"),
