@@ -1,7 +1,6 @@
-"""DSnoT against a plain loop over one row at a time in float64, the laws its masks keep, and its guard."""
+"""DSnoT as a step: the laws its masks keep, its guard, its notes."""
 
 from dataclasses import replace
-from typing import Literal
 
 import pytest
 import torch
@@ -10,120 +9,28 @@ from hypothesis import strategies as st
 
 from pipeline import sparsity as slabs
 from pipeline.methods import swaps
-from pipeline.methods.dsnot import AUTHORS_TOLERANCE, Dsnot
-from pipeline.methods.magnitude import Magnitude
+from pipeline.methods.dsnot import Dsnot
 from pipeline.methods.sparsegpt import SparseGPT
-from pipeline.methods.step import LinearStep, LinearView, PrunedLinear
-from pipeline.methods.swaps import LEAST_GAIN
+from pipeline.methods.step import LinearStep, LinearView
 from pipeline.methods.wanda import Wanda
-from pipeline.sparsity import SemiStructured, Sparsity, Unstructured
-from pipeline.statistics import ColumnSquares, Gathered, Gram, Moments
+from pipeline.sparsity import SemiStructured, Sparsity
+from pipeline.statistics import Gram, Moments
 from tests import reference
-
-HALF, TWO_FOUR = Unstructured(ratio=0.5), SemiStructured(keep=2, group=4)
-SPARSITIES = pytest.mark.parametrize("sparsity", [HALF, Unstructured(ratio=0.7), TWO_FOUR], ids=str)
-Guard = Literal["row", "linear", "none"]
-Criterion = Literal["mean", "error"]
-CRITERIA = pytest.mark.parametrize("criterion", ["mean", "error"])
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def inputs(num_features: int, num_tokens: int = 300, seed: int = 1) -> torch.Tensor:
-    """Tokens whose features differ in mean and scale, and are correlated, as those of language models are."""
-    causes = normal(num_tokens, 3, seed=seed) @ normal(3, num_features, seed=seed + 1)
-    own = causes + normal(num_tokens, num_features, seed=seed + 2)
-    return (own + 2 * normal(num_features, seed=seed + 3)) * torch.logspace(-0.5, 0.5, num_features)
-
-
-def gathered(x_TD: torch.Tensor) -> Gathered:
-    statistics = [kind.empty(x_TD.shape[1], x_TD.device) for kind in (ColumnSquares, Moments, Gram)]
-    for statistic in statistics:
-        statistic.update(x_TD)
-    return Gathered(statistics)
-
-
-def first_step(step: LinearStep, weight_OD: torch.Tensor, x_TD: torch.Tensor, sparsity: Sparsity) -> PrunedLinear:
-    return step.solver(gathered(x_TD))(LinearView(dense_OD=weight_OD, sparsity=sparsity))
-
-
-def view_of(weight_OD: torch.Tensor, pruned: PrunedLinear, sparsity: Sparsity) -> LinearView:
-    return LinearView(dense_OD=weight_OD, sparsity=sparsity, keep_OD=pruned.keep_OD, updated_OD=pruned.weight_OD)
-
-
-def mend(
-    view: LinearView, x_TD: torch.Tensor, guard: Guard = "none", criterion: Criterion = "mean", **options: float | bool
-) -> PrunedLinear:
-    step = Dsnot.model_validate({"guard": guard, "criterion": criterion, **options})
-    return step.solver(gathered(x_TD).holding(step.statistics))(view)
-
-
-def textbook(
-    view: LinearView,
-    x_TD: torch.Tensor,
-    cycles: int = 50,
-    tolerance: float = AUTHORS_TOLERANCE,
-    overshoot: bool = False,
-) -> torch.Tensor:
-    assert view.keep_OD is not None
-    group = view.sparsity.group if isinstance(view.sparsity, SemiStructured) else None
-    rows = zip(view.dense_OD.tolist(), view.weight_OD.tolist(), view.keep_OD.tolist(), strict=True)
-    options = {"cycles": cycles, "tolerance": tolerance, "overshoot": overshoot, "group": group}
-    return torch.tensor([reference.dsnot_row(*row, x_TD, **options) for row in rows])
-
-
-def tried(view: LinearView, x_TD: torch.Tensor, cycles: int) -> torch.Tensor:
-    assert view.keep_OD is not None
-    group = view.sparsity.group if isinstance(view.sparsity, SemiStructured) else view.keep_OD.shape[1]
-    gram_DD, options = x_TD.double().T @ x_TD.double(), {"cycles": cycles, "least_gain": LEAST_GAIN, "group": group}
-    rows = zip(view.dense_OD.tolist(), view.weight_OD.tolist(), view.keep_OD.tolist(), strict=True)
-    return torch.tensor([reference.squared_error_row(*row, gram_DD, **options) for row in rows])
-
-
-def row_errors(view: LinearView, pruned: PrunedLinear, x_TD: torch.Tensor) -> torch.Tensor:
-    """Squared error of every row's output, float64."""
-    weight_OD = view.dense_OD if pruned.weight_OD is None else pruned.weight_OD
-    missing_OD = view.dense_OD.double() - weight_OD.double() * pruned.keep_OD
-    return (x_TD.double() @ missing_OD.T).square().sum(dim=0)
-
-
-def given_errors(view: LinearView, x_TD: torch.Tensor) -> torch.Tensor:
-    assert view.keep_OD is not None
-    return row_errors(view, PrunedLinear(keep_OD=view.keep_OD, weight_OD=view.updated_OD), x_TD)
-
-
-FIRST = pytest.mark.parametrize(
-    "first",
-    [Wanda(), Magnitude(), Magnitude(scope="row"), SparseGPT()],
-    ids=["wanda", "magnitude", "by row", "sparsegpt"],
+from tests.mended import (
+    CRITERIA,
+    FIRST,
+    HALF,
+    SPARSITIES,
+    Criterion,
+    Guard,
+    first_step,
+    given_errors,
+    inputs,
+    mend,
+    normal,
+    row_errors,
+    view_of,
 )
-
-
-@FIRST
-@SPARSITIES
-@pytest.mark.parametrize("overshoot", [False, True])
-@pytest.mark.parametrize(("cycles", "tolerance"), [(50, AUTHORS_TOLERANCE), (3, 0.0), (50, 0.05)])
-def test_swaps_are_those_of_the_plain_loop(
-    first: LinearStep, sparsity: Sparsity, cycles: int, tolerance: float, overshoot: bool
-) -> None:
-    weight_OD, x_TD = normal(24, 64, seed=5), inputs(64)
-    view = view_of(weight_OD, first_step(first, weight_OD, x_TD, sparsity), sparsity)
-    keep_OD = mend(view, x_TD, cycles=cycles, tolerance=tolerance, overshoot=overshoot).keep_OD
-    assert not torch.equal(keep_OD, view.keep_OD)
-    assert torch.equal(keep_OD, textbook(view, x_TD, cycles, tolerance, overshoot))
-
-
-@FIRST
-@SPARSITIES
-@pytest.mark.parametrize("cycles", [1, 4, 50])
-def test_swaps_by_error_are_those_that_trying_finds(first: LinearStep, sparsity: Sparsity, cycles: int) -> None:
-    weight_OD, x_TD = normal(8, 32, seed=5), inputs(32)
-    view = view_of(weight_OD, first_step(first, weight_OD, x_TD, sparsity), sparsity)
-    keep_OD = mend(view, x_TD, criterion="error", cycles=cycles).keep_OD
-    assert not torch.equal(keep_OD, view.keep_OD)
-    assert torch.equal(keep_OD, tried(view, x_TD, cycles))
 
 
 @settings(deadline=None, max_examples=60)
@@ -233,55 +140,6 @@ def test_longer_sequences_of_the_same_tokens_make_the_same_swaps(
     assert torch.equal(once.keep_OD, often.keep_OD)
 
 
-def test_a_row_stops_when_its_error_is_tolerable() -> None:
-    weight_OD, x_TD = normal(24, 64, seed=5), inputs(64)
-    view = view_of(weight_OD, first_step(Wanda(), weight_OD, x_TD, HALF), HALF)
-    swaps = [mend(view, x_TD, tolerance=tolerance, overshoot=True).notes["swaps"] for tolerance in (0.0, 0.1, 1e6)]
-    assert swaps[0] > swaps[1] > swaps[2] == 0
-
-
-def test_swaps_bring_the_expected_output_back() -> None:
-    weight_OD, x_TD = normal(40, 128, seed=5), inputs(128)
-    view = view_of(weight_OD, first_step(Wanda(), weight_OD, x_TD, HALF), HALF)
-    mended = mend(view, x_TD)
-    expected = [((weight_OD * ~keep_OD) @ x_TD.mean(dim=0)).abs().mean() for keep_OD in (view.keep_OD, mended.keep_OD)]
-    assert expected[1] < 0.5 * expected[0]
-
-
-def test_a_dead_input_and_a_weight_of_zero_are_never_swapped() -> None:
-    weight_OD, x_TD = normal(24, 32, seed=5), inputs(32)
-    x_TD[:, [3, 20]] = 0
-    weight_OD[:, [5, 9]] = 0
-    keep_OD = normal(24, 32, seed=6) > 0
-    mended = mend(LinearView(dense_OD=weight_OD, sparsity=HALF, keep_OD=keep_OD), x_TD, tolerance=0.0)
-    silent = [3, 5, 9, 20]
-    assert torch.equal(mended.keep_OD[:, silent], keep_OD[:, silent])
-    assert not torch.equal(mended.keep_OD, keep_OD)
-
-
-@pytest.mark.parametrize("constant", [1e-6, 0.3, 7.1])
-def test_an_input_that_never_varies_grows_first(constant: float) -> None:
-    weight_OD, x_TD = normal(1, 32, seed=5).abs(), inputs(32).abs()
-    weight_OD[:, 24:] *= -1
-    x_TD[:, 3] = constant
-    keep_OD = torch.arange(32)[None] >= 16  # what is pruned is positive: so is the error
-    keep_OD[:, 16:24] = True
-    view = LinearView(dense_OD=weight_OD, sparsity=HALF, keep_OD=keep_OD)
-    mended = mend(view, x_TD, cycles=1)
-    assert (mended.keep_OD & ~keep_OD).nonzero().tolist() == [[0, 3]]
-    assert torch.equal(mended.keep_OD, textbook(view, x_TD, cycles=1))
-
-
-@pytest.mark.parametrize("sparsity", [HALF, SemiStructured(keep=1, group=2)], ids=str)
-@pytest.mark.parametrize("num_features", [2, 4])
-def test_a_row_whose_candidates_are_used_up_stops(sparsity: Sparsity, num_features: int) -> None:
-    weight_OD, x_TD = normal(30, num_features, seed=5), inputs(num_features)
-    view = view_of(weight_OD, first_step(Wanda(), weight_OD, x_TD, sparsity), sparsity)
-    keep_OD = mend(view, x_TD, tolerance=0.0, overshoot=True).keep_OD
-    assert torch.equal(keep_OD, textbook(view, x_TD, tolerance=0.0, overshoot=True))
-    assert not torch.equal(keep_OD, view.keep_OD)
-
-
 @FIRST
 @CRITERIA
 @pytest.mark.parametrize("guard", ["row", "linear", "none"])
@@ -298,15 +156,6 @@ def test_neither_slabs_nor_a_transposed_storage_change_the_result(
     by_slab = mend(view, x_TD, guard, criterion)
     assert torch.equal(by_slab.keep_OD, whole.keep_OD)
     assert by_slab.notes == pytest.approx(whole.notes, rel=1e-5)
-
-
-@SPARSITIES
-def test_swaps_by_error_save_more_of_it_than_swaps_by_mean(sparsity: Sparsity) -> None:
-    weight_OD, x_TD = normal(40, 64, seed=5), inputs(64)
-    view = view_of(weight_OD, first_step(Wanda(), weight_OD, x_TD, sparsity), sparsity)
-    by_mean, by_error = (mend(view, x_TD, "row", how).notes for how in ("mean", "error"))
-    assert by_error["error_after"] < 0.8 * by_mean["error_after"]
-    assert by_error["refused_rows"] == 0
 
 
 def test_only_what_is_needed_is_gathered() -> None:
