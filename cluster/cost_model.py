@@ -11,7 +11,7 @@ import torch
 
 from cluster.job_shape import BlockCost, JobShape
 from pipeline.methods.step import Step
-from pipeline.planning.methods_work import count_prune
+from pipeline.planning.methods_work import count_prune, made_bytes
 from pipeline.planning.work import (
     Count,
     Linears,
@@ -88,7 +88,11 @@ def shape_of_job(
         replicated=sum(_replicated_seconds(pruning, gpu) for pruning in prunings) / prune,
         gradient_bytes=max(pruning.gradient_bytes for pruning in prunings),
         num_updates=sum(pruning.num_updates for pruning in prunings),
-        working_bytes=gathered + max(_step_bytes(work, step) for step in recipe.steps),
+        working_bytes=gathered
+        + max(
+            made_bytes(recipe, i, work.num_weights, work.dtype_bytes) + _step_bytes(work, step)
+            for i, step in enumerate(recipe.steps)
+        ),
         activation_bytes=_activation_bytes(work),
     )
 

@@ -105,7 +105,7 @@ class PruneConfig(Section):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        parse_recipe(self.recipe, self.target)
+        parse_recipe(self.recipe, self.target, self.within_block)
         return self
 
     @property

@@ -35,11 +35,14 @@ def made_on_demand(module: nn.Module, makers: Mapping[str, Maker]) -> Iterator[N
     comes back to it, which may be after the context. Gradients flow to whatever the maker made its weight from.
     """
     with ExitStack() as stack:
+        patched: set[str] = set()
         for name, make in makers.items():
             path, _, leaf = name.rpartition(".")
             owner: Any = module.get_submodule(path)
             owner.forward = partial(_forward_with, owner, leaf, make, owner.forward)
-            stack.callback(delattr, owner, "forward")
+            if path not in patched:  # a second parameter of a module is made around the first
+                stack.callback(delattr, owner, "forward")
+                patched.add(path)
         yield
 
 

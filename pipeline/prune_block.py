@@ -27,18 +27,17 @@ def apply_recipe(
     a time, once the linears that it comes through are pruned. Replicas share the work of linear steps, and end with
     the same bits, or with a NumericsError.
     """
-    others: dict[str, torch.Tensor] = {}
     for steps, coming in _runs(recipe.steps):
         if isinstance(steps[0], BlockStep):
-            made = steps[0].prune(bench, sparsity, report)
-            _put(bench, made.linears, sparsity)
-            others |= made.others
+            made = _from_the_first(steps[0].prune(bench, sparsity, report), bench)
+            _put(bench, steps[0], made.linears, sparsity)
+            bench.tuned |= made.others
         else:
             linear_steps = [step for step in steps if isinstance(step, LinearStep)]
             _LinearSteps(linear_steps, coming, sparsity, bench).run(recipe.within_block, batch)
     kept_rows = [kept_in_rows(linear.keep_OD) for linear in bench.so_far.values()]
     bench.peers.agree(torch.cat(kept_rows), "how many weights each row keeps")
-    return PrunedBlock(linears=bench.so_far, others=others)
+    return PrunedBlock(linears=bench.so_far, others=bench.tuned)
 
 
 def _runs(steps: Sequence[Step]) -> Iterator[tuple[list[Step], frozenset[type[Statistic]]]]:
@@ -51,14 +50,32 @@ def _runs(steps: Sequence[Step]) -> Iterator[tuple[list[Step], frozenset[type[St
             yield part, frozenset(kind for step in steps[position:] for kind in step.statistics)
 
 
-def _put(bench: Workbench, results: dict[str, PrunedLinear], sparsity: Sparsity) -> None:
-    """Lay what a step has made over what the steps before have."""
+def _from_the_first(made: PrunedBlock, bench: Workbench) -> PrunedBlock:
+    """Give every replica what the first one has learnt: the others' differ where their devices round differently."""
+    peers = bench.peers
+    if peers.size == 1:
+        return made
+    for value in made.others.values():
+        peers.broadcast(value, 0)
+    linears = {
+        name: spread(linear if peers.rank == 0 else None, bench.weights[name], peers, 0)
+        for name, linear in made.linears.items()
+    }
+    return PrunedBlock(linears=linears, others=made.others)
+
+
+def _put(bench: Workbench, step: Step, results: dict[str, PrunedLinear], sparsity: Sparsity) -> None:
+    """Lay what a step has made over what the steps before have; notes go by the step's name."""
+    step_name = type(step).__name__.lower()
     for name, result in results.items():
         before = bench.so_far.get(name)
         bench.so_far[name] = PrunedLinear(
             keep_OD=result.keep_OD,
             weight_OD=result.weight_OD if result.weight_OD is not None or before is None else before.weight_OD,
-            notes={**(before.notes if before else {}), **result.notes},
+            notes={
+                **(before.notes if before else {}),
+                **{f"{step_name}.{note}": value for note, value in result.notes.items()},
+            },
             sparsity=result.sparsity or (before.sparsity if before else None) or sparsity,
         )
 
@@ -113,7 +130,7 @@ class _LinearSteps:
                 for group, owner in owned
                 for linear in group
             }
-        _put(self._bench, results, self._sparsity)
+        _put(self._bench, step, results, self._sparsity)
 
     def _solve(
         self, step: LinearStep, group: Sequence[Linear], over: Sequence[type[Statistic]]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import JsonValue, ValidationError
 
 from pipeline.methods import METHODS
-from pipeline.methods.step import BlockStep, Step
+from pipeline.methods.step import BlockStep, LinearStep, Step
 from pipeline.sparsity import Sparsity
 from pipeline.statistics import Statistic
 
@@ -67,6 +67,11 @@ def parse_recipe(
             problems += [f"[{position}] {line}" for line in str(error).splitlines()]
     if not problems:
         problems = _disagreements(steps, sparsity)
+        if within_block == "sequential" and not any(isinstance(s, LinearStep) and s.statistics for s in steps):
+            problems.append(
+                "within_block: sequential gathers statistics anew for linear steps, and this recipe has none that "
+                "needs any; leave it out, or prune with wanda, sparsegpt, admm, …"
+            )
     if problems:
         raise ValueError("\n".join(problems))
     return Recipe(steps=tuple(steps), within_block=within_block)

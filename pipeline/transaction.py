@@ -208,7 +208,7 @@ class Transaction:
             self._progress.phase(index, "wait")
             pruned.read(slice(0, 1), self._skeleton.device)
         with self._phase(begun.watch, index, "collect"):
-            wanted = pruned.num_sequences if self._order.recipe.statistics else self._num_targets
+            wanted = pruned.num_sequences if self._order.recipe.statistics else max(1, self._num_targets)
             for sequences, hidden_BTD in pruned.stream(self._order.batch, self._skeleton.device, wanted):
                 self._gather(begun, sequences, hidden_BTD)
             self._advance_dense(index)

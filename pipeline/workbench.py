@@ -17,7 +17,10 @@ from pipeline.stream_names import StreamName
 
 
 class Workbench:
-    """A block and its streams, as block steps see them (the protocol `BlockView`)."""
+    """A block and its streams, as block steps see them (the protocol `BlockView`).
+
+    What the steps make is laid down in `so_far` (linears) and `tuned` (other parameters) as the recipe goes on.
+    """
 
     def __init__(
         self,
@@ -34,9 +37,9 @@ class Workbench:
         self._linears = {linear.name: linear for linear in linears}
         self._collector, self._inputs, self._targets = collector, inputs, targets
         self.weights = {linear.name: linear.weight(block) for linear in linears}
-        matrices = {linear.parameter for linear in linears}
-        self.others = {name: p.data for name, p in block.named_parameters() if name not in matrices}
+        self.others = {name: p.data for name, p in block.named_parameters() if p.ndim == 1}
         self.so_far: dict[str, PrunedLinear] = {}
+        self.tuned: dict[str, torch.Tensor] = {}
         self.peers = peers
 
     @property
@@ -108,16 +111,20 @@ class Workbench:
     ) -> torch.Tensor:
         """Run the block on the pruned stream with other weights, each made when its linear runs."""
         stored = {self._linears[n].parameter: partial(_stored, self._linears[n], w) for n, w in weights.items()}
-        stored |= {name: partial(_itself, value) for name, value in others.items()}
+        stored |= self._as_others({**self.tuned, **others})
         return self._stream.run_block(self._index, self._inputs.read(sequences, self._device), stored)
 
     def target(self, sequences: slice, stream: StreamName) -> torch.Tensor:
         """Return the hidden_BTD that the pruned block is to reproduce."""
         return self._targets[stream].read(sequences, self._device)
 
+    def _as_others(self, values: Mapping[str, torch.Tensor]) -> dict[str, Maker]:
+        """What makes other parameters, in the dtype in which the block has them."""
+        return {name: partial(_copy, value, self.others[name].dtype) for name, value in values.items()}
+
     def _pruned_so_far(self) -> dict[str, Maker]:
         """What makes the stored weight of every linear that is pruned already."""
-        makers: dict[str, Maker] = {}
+        makers = self._as_others(self.tuned)
         for name, pruned in self.so_far.items():
             kept = self.weights[name] if pruned.weight_OD is None else pruned.weight_OD
             makers[self._linears[name].parameter] = partial(
@@ -130,6 +137,6 @@ def _stored(linear: Linear, make: Maker) -> torch.Tensor:
     return linear.to_stored(make())
 
 
-def _itself(value: torch.Tensor) -> torch.Tensor:
+def _copy(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A parameter that is no matrix costs nothing to keep; a copy, for what is made is memory of its own."""
-    return value.clone()
+    return value.to(dtype, copy=True)

@@ -12,6 +12,7 @@ class SmallBlock:
 
     num_replicas = 1
     others: Mapping[str, torch.Tensor] = NOTHING
+    tuned: Mapping[str, torch.Tensor] = NOTHING
     so_far: Mapping[str, PrunedLinear] = {}
     hidden_BTD: torch.Tensor
 

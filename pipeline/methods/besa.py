@@ -34,6 +34,7 @@ from pipeline.methods.step import (
     Report,
     Shapes,
     largest,
+    loss_scale,
     num_weights,
 )
 from pipeline.methods.wanda import input_norms
@@ -195,12 +196,18 @@ class Besa(BlockStep):
         shares_of = [linear.shares() for linear in linears]
         weights = {linear.name: linear.maker(share) for linear, share in zip(linears, shares_of, strict=True)}
         expected = block_sparsity(linears, shares_of)
-        error = torch.zeros_like(expected)
+        error, scale = torch.zeros_like(expected), 1.0
         if mini_batch.weight > 0:
-            error = relative_error(block.output(weights, mini_batch.here), block.target(mini_batch.here, self.target))
+            output_BTD = block.output(weights, mini_batch.here)
+            error, scale = (
+                relative_error(output_BTD, block.target(mini_batch.here, self.target)),
+                loss_scale(output_BTD),
+            )
         distance = ((expected - target) / target) ** 2
         loss = mini_batch.weight * error + self.penalty / block.num_replicas * distance
-        torch.autograd.backward(loss)
+        torch.autograd.backward(loss * scale)
+        for linear in linears:
+            torch._foreach_div_(linear.gradients(), scale)
         figures = {"error": error.item(), "sparsity": expected.item()}
         if not torch.isfinite(loss):
             raise NumericsError(

@@ -27,6 +27,7 @@ from pipeline.methods.step import (
     Report,
     Shapes,
     largest,
+    loss_scale,
     num_weights,
 )
 from pipeline.sparsity import Sparsity
@@ -80,7 +81,7 @@ class Reconstruct(BlockStep):
         """Return the block with the values that did best on the sequences held out."""
         tuned = Tuned.of(block, norms=self.norms)
         num_updates = block.num_mini_batches(self.batch)
-        num_held_out = min(round(self.held_out * num_updates), num_updates - 1)
+        num_held_out = min(max(round(self.held_out * num_updates), self.held_out > 0), num_updates - 1)
         learnt, held_out = range(num_updates - num_held_out), range(num_updates - num_held_out, num_updates)
         optimizer = torch.optim.Adam(tuned.parameter_groups(self.rate), fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -89,27 +90,30 @@ class Reconstruct(BlockStep):
         first = self._error(block, tuned, held_out) if held_out else inf
         best, best_epoch, best_values = first, 0, tuned.values()
         for epoch, order in enumerate(self._orders(len(learnt)), start=1):
-            learning = 0.0
+            errors = torch.zeros(1, dtype=torch.float64, device=tuned.device)
             for mini_batch in block.mini_batches(self.batch, order):
                 optimizer.zero_grad()
-                learning += self._accumulate(block, tuned, mini_batch) / len(learnt)
-                block.sum([p.grad for p in tuned.parameters() if p.grad is not None])
+                errors += self._accumulate(block, tuned, mini_batch)
+                block.sum(tuned.gradients())
                 optimizer.step()
                 schedule.step()
+            block.sum([errors])
+            learning = errors.item() / len(learnt)
             error = self._error(block, tuned, held_out) if held_out else learning
-            report({"epoch": epoch, "error": learning, "held_out": error})
+            report({"epoch": epoch, "error": learning, **({"held_out": error} if held_out else {})})
             if error < best or not held_out:
-                best, best_epoch, best_values = error, epoch, tuned.values()
+                best, best_epoch = error, epoch
+                tuned.copy_to(best_values)
         notes = {"epochs": float(best_epoch), "error_after": best}
-        return tuned.result(block, best_values, {**notes, "error_before": first} if held_out else notes)
+        return tuned.result(best_values, {**notes, "error_before": first} if held_out else notes)
 
     def _orders(self, num_updates: int) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed)
         for _ in range(self.epochs):
             yield torch.randperm(num_updates, generator=generator).tolist()
 
-    def _loss(self, block: BlockView, tuned: "Tuned", mini_batch: MiniBatch) -> torch.Tensor:
-        """Relative error of the block on the sequences at hand."""
+    def _loss(self, block: BlockView, tuned: "Tuned", mini_batch: MiniBatch) -> tuple[torch.Tensor, float]:
+        """Relative error of the block on the sequences at hand, and the scale for its backward pass."""
         output = block.output(tuned.makers(), mini_batch.here, tuned.others)
         loss = relative_error(output, block.target(mini_batch.here, self.target))
         if not torch.isfinite(loss):
@@ -117,16 +121,16 @@ class Reconstruct(BlockStep):
                 f"reconstruct's error became {loss.item()}; hidden states of this block are not finite in this dtype: "
                 "use `compute.dtype: float32`, or lower `rate`"
             )
-        return loss
+        return loss, loss_scale(output)
 
     def _accumulate(self, block: BlockView, tuned: "Tuned", mini_batch: MiniBatch) -> float:
-        """Add the gradient of one mini-batch's error; return the error."""
+        """Add the gradient of one mini-batch's error; return this replica's part of the error."""
         if mini_batch.weight == 0:
-            for parameter in tuned.parameters():
-                parameter.grad = torch.zeros_like(parameter)
             return 0.0
-        loss = mini_batch.weight * self._loss(block, tuned, mini_batch)
-        torch.autograd.backward(loss)
+        error, scale = self._loss(block, tuned, mini_batch)
+        loss = mini_batch.weight * error
+        torch.autograd.backward(loss * scale)
+        torch._foreach_div_(tuned.gradients(), scale)
         return loss.item()
 
     @torch.no_grad()
@@ -135,7 +139,7 @@ class Reconstruct(BlockStep):
         total = torch.zeros(1, dtype=torch.float64, device=tuned.device)
         for mini_batch in block.mini_batches(self.batch, updates):
             if mini_batch.weight > 0:
-                total += mini_batch.weight * self._loss(block, tuned, mini_batch).double()
+                total += mini_batch.weight * self._loss(block, tuned, mini_batch)[0].double()
         block.sum([total])
         return total.item() / len(updates)
 
@@ -158,7 +162,8 @@ class Tuned:
             kept = block.weights[name] if pruned.weight_OD is None else pruned.weight_OD
             weights[name] = (kept.float() * pruned.keep_OD).requires_grad_()
             keep[name] = pruned.keep_OD
-        others = {name: p.float().clone().requires_grad_() for name, p in block.others.items()} if norms else {}
+        present = {**block.others, **block.tuned} if norms else {}
+        others = {name: p.to(torch.float32, copy=True).requires_grad_() for name, p in present.items()}
         return cls(weights=weights, keep=keep, others=others, dtype=next(iter(block.weights.values())).dtype)
 
     @property
@@ -169,6 +174,13 @@ class Tuned:
     def parameters(self) -> list[torch.Tensor]:
         """Return all that is learnt."""
         return [*self.weights.values(), *self.others.values()]
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Return all gradients; zeros where the sequences at hand have given none."""
+        for parameter in self.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
 
     def parameter_groups(self, rate: float) -> list[dict[str, object]]:
         """Return each parameter with a step size in proportion to its own root mean square, zeros left out."""
@@ -183,10 +195,15 @@ class Tuned:
         """Return a copy of all values, in the block's dtype."""
         return [p.to(self.dtype, copy=True) for p in self.parameters()]
 
-    def result(self, block: BlockView, values: Sequence[torch.Tensor], notes: Mapping[str, float]) -> PrunedBlock:
+    @torch.no_grad()
+    def copy_to(self, values: Sequence[torch.Tensor]) -> None:
+        """Put all values, in the block's dtype, where others were."""
+        for value, parameter in zip(values, self.parameters(), strict=True):
+            value.copy_(parameter)
+
+    def result(self, values: Sequence[torch.Tensor], notes: Mapping[str, float]) -> PrunedBlock:
         """Return the block with these values."""
-        named = zip([*self.weights, *self.others], values, strict=True)
-        by_name = dict(named)
+        by_name = dict(zip([*self.weights, *self.others], values, strict=True))
         linears = {
             name: PrunedLinear(keep_OD=self.keep[name], weight_OD=by_name[name], notes=dict(notes))
             for name in self.weights

@@ -26,6 +26,14 @@ Shapes = Mapping[str, tuple[int, int]]
 """(O, D) of every linear of a block, by its name."""
 
 
+def loss_scale(output_BTD: torch.Tensor) -> float:
+    """Return what to multiply a mean over such outputs by before its backward pass, and its gradients to divide by.
+
+    In float16 the gradient of each of so many numbers would be rounded to nothing; a power of two loses none.
+    """
+    return 2.0 ** (output_BTD.numel().bit_length() - 1) if output_BTD.dtype == torch.float16 else 1.0
+
+
 def num_weights(shapes: Shapes) -> int:
     """Return how many weights the linears have together."""
     return sum(rows * columns for rows, columns in shapes.values())
@@ -61,7 +69,7 @@ class PrunedBlock:
     """Every linear by its name."""
 
     others: dict[str, torch.Tensor] = field(default_factory=dict)
-    """New values of other parameters (norms, biases), by their name within the block; the rest stay as they are."""
+    """New values of vectors (norms, biases), by their name within the block; the rest stay as they are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,7 +195,11 @@ class BlockView(Protocol):
 
     @property
     def others(self) -> Mapping[str, torch.Tensor]:
-        """The block's other parameters (norms, biases), by their name within the block."""
+        """The block's vectors (norms, biases), dense, by their name within the block."""
+
+    @property
+    def tuned(self) -> Mapping[str, torch.Tensor]:
+        """New values that the steps before have given to some of these; `output` runs with them."""
 
     @property
     def so_far(self) -> Mapping[str, PrunedLinear]:

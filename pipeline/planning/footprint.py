@@ -23,6 +23,7 @@ from pipeline.budget import Place
 from pipeline.memory_config import Tier
 from pipeline.methods.step import Step, largest
 from pipeline.planning.held import Held, Phase, on_device, on_host
+from pipeline.planning.methods_work import made_bytes
 from pipeline.planning.scale import Generation, Scale
 from pipeline.planning.work import statistics_bytes
 from pipeline.sparsity import selection_bytes
@@ -196,15 +197,12 @@ def _prune(scale: Scale) -> Iterator[Held]:
         yield on_device("activations to learn from", _learning_bytes(scale))
 
 
+def _made(scale: Scale, num_steps: int) -> int:
+    return made_bytes(scale.recipe, num_steps, scale.work.num_weights, scale.dtype.itemsize)
+
+
 def _step_bytes(scale: Scale, step: Step) -> int:
     return step.working_bytes(scale.shapes, scale.names, scale.dtype)
-
-
-def _made(scale: Scale, num_steps: int) -> int:
-    """Masks, and new weights, that the first steps of the recipe have made."""
-    steps, numel = scale.recipe.steps[:num_steps], scale.work.num_weights
-    rewritten = any(step.rewrites or step.quantises for step in steps)
-    return (numel if steps else 0) + (numel * scale.dtype.itemsize if rewritten else 0)
 
 
 def _commit(scale: Scale) -> Iterator[Held]:
@@ -212,8 +210,7 @@ def _commit(scale: Scale) -> Iterator[Held]:
     yield _weights(scale)
     yield on_device("masks and new weights", _made(scale, len(scale.recipe.steps)))
     if scale.dtype != scale.stored or not scale.unified:
-        largest = max(rows * columns for rows, columns in scale.shapes.values())
-        yield on_host("a matrix as stored, and its mask", largest * (scale.stored.itemsize + 1))
+        yield on_host("a matrix as stored, and its mask", largest(scale.shapes) * (scale.stored.itemsize + 1))
     yield on_device("activations of a sequence", _forward_bytes(scale, scale.work.num_tokens))
 
 

@@ -10,6 +10,7 @@ from pipeline.methods.reconstruct import Reconstruct
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.methods.step import BlockStep, Step
 from pipeline.planning.work import Count, Linears, Pruning, Workload, weights_of
+from pipeline.recipe import Recipe
 
 SELECTION_BYTES = 80
 """Memory traffic per weight of choosing the smallest of each row: scores, and the passes of a sort."""
@@ -27,6 +28,13 @@ LEARNING_STEP_BYTES = 48
 """Memory traffic per weight and update of reconstruct: value, gradient and moments, read and written, in float32."""
 
 
+def made_bytes(recipe: Recipe, num_steps: int, num_weights: int, itemsize: int) -> int:
+    """Return the bytes of the masks, and of the new weights, that the first steps of a recipe have made of a block."""
+    steps = recipe.steps[:num_steps]
+    rewritten = any(step.rewrites or step.quantises for step in steps)
+    return (num_weights if steps else 0) + (num_weights * itemsize if rewritten else 0)
+
+
 def count_prune(work: Workload, step: Step) -> Pruning:
     """Count one step of a recipe. A method that has no count of its own takes a selection among all weights."""
     return _PRUNING.get(type(step), _selection)(work, step)
@@ -40,10 +48,14 @@ def _selection(work: Workload, step: Step) -> Pruning:
 def _dsnot(work: Workload, step: Step) -> Pruning:
     """Every swap of every row looks at all its weights again, a few numbers of each."""
     assert isinstance(step, Dsnot)
-    once = SWAP_BYTES if step.criterion == "error" else 0
-    each = SELECTION_BYTES + step.cycles * once
+    by_error, guarded = step.criterion == "error", step.guard != "none"
+    each = SELECTION_BYTES + step.cycles * (SWAP_BYTES if by_error else 0)
+    products = 4 if by_error else 3 if guarded else 0  # with the Gram matrix: to begin with, and to judge by
     return Pruning(
-        pieces=tuple(Count(memory=each * weights_of(group)) for group in work.groups),
+        pieces=tuple(
+            Count(memory=each * weights_of(group), gram=2.0 * products * weights_of(group) * group[0][1])
+            for group in work.groups
+        ),
         solved_bytes=(1 + work.dtype_bytes) * work.num_weights,
     )
 

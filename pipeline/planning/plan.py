@@ -27,9 +27,10 @@ from pipeline.paging.spool import existing
 from pipeline.planning.fitting import Limit, Room, choose, preferences, refusal
 from pipeline.planning.footprint import Choice, Fit, footprint
 from pipeline.planning.held import Phase, working_sets
+from pipeline.planning.methods_work import count_prune
 from pipeline.planning.pace import Cost, Speeds, costs, probe_speeds
 from pipeline.planning.scale import scale_of
-from pipeline.planning.work import weights_of
+from pipeline.planning.work import Workload, count_again, count_collect, count_propagate, weights_of
 from pipeline.recipe import Recipe
 from pipeline.skeleton import Skeleton
 
@@ -145,7 +146,7 @@ def make_plan(config: RunConfig, directory: Path, speeds: Speeds | None, baselin
             limits={place: limit.num_bytes for place, limit in room.limits.items()},
             output_bytes=checkpoint.total_bytes(),
             working_sets=working_sets(phases),
-            forward_passes=_forward_passes(scale.recipe, config.calibration.sequences) + scale.surveys,
+            forward_passes=_forward_passes(scale.work, scale.recipe) + scale.surveys,
             **_totals(phases, costs(scale, choice, speeds, outside)),
         )
 
@@ -237,7 +238,8 @@ def _planned(cost: Cost, phase: Phase | None) -> PlannedPhase:
     )
 
 
-def _forward_passes(recipe: Recipe, num_sequences: int) -> float:
-    collect = 1.0 if recipe.statistics or recipe.needs_targets else 1 / num_sequences
-    passes = collect + 1.0 + (1.0 if recipe.needs_dense_stream else 0.0)
-    return passes + sum(3.0 * step.epochs for step in recipe.block_steps)
+def _forward_passes(work: Workload, recipe: Recipe) -> float:
+    """Passes of all tokens through the model; those that end within a block count by their part of it."""
+    counts = [count_collect(work, recipe), count_propagate(work), count_again(work, recipe)]
+    counts += [count_prune(work, step).whole for step in recipe.block_steps]
+    return sum(count.gemm for count in counts) / work.forward_flops

@@ -139,8 +139,8 @@ def test_the_report_tells_the_swaps_and_errors_of_every_linear(base: Path, tmp_p
     report = carry_out(job(base / "llama", tmp_path, ["wanda", "dsnot"], evaluate=None))
     assert {f"{block}.mlp.up_proj" for block in range(3)} < set(report.linears)
     for notes in report.linears.values():
-        assert 0 < notes["error_after"] < notes["error_before"]
-        assert notes["swaps"] > 0
+        assert 0 < notes["dsnot.error_after"] < notes["dsnot.error_before"]
+        assert notes["dsnot.swaps"] > 0
     assert report.as_json()["linears"] == report.linears
 
 

@@ -160,7 +160,7 @@ def test_a_sparsity_that_a_step_has_chosen_holds_for_the_steps_after_it_and_is_w
     assert torch.equal(made.others["scale"], torch.full((16,), 2.0))
     for linear in made.linears.values():
         assert linear.sparsity == ONE_OF_FOUR
-        assert linear.notes["before"] == 0
+        assert linear.notes["keeponeoffour.before"] == 0
         assert linear.weight_OD is not None
         assert int(linear.keep_OD.count_nonzero()) * 4 == linear.keep_OD.numel()
 
