@@ -110,8 +110,8 @@ class Workbench:
         self, weights: Mapping[str, Maker], sequences: slice, others: Mapping[str, torch.Tensor] = NOTHING
     ) -> torch.Tensor:
         """Run the block on the pruned stream with other weights, each made when its linear runs."""
-        stored = {self._linears[n].parameter: partial(_stored, self._linears[n], w) for n, w in weights.items()}
-        stored |= self._as_others({**self.tuned, **others})
+        stored = self._as_others({**self.tuned, **others})
+        stored |= {self._linears[n].parameter: partial(_stored, self._linears[n], w) for n, w in weights.items()}
         return self._stream.run_block(self._index, self._inputs.read(sequences, self._device), stored)
 
     def target(self, sequences: slice, stream: StreamName) -> torch.Tensor:

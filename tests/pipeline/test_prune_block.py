@@ -117,9 +117,9 @@ def test_statistics_are_gone_when_the_recipe_is_through(within_block: str) -> No
     assert all(not list(laid.bench.gathered(name)) for name in ("gate", "up", "down"))
 
 
-def test_a_recipe_without_statistics_runs_in_either_way() -> None:
-    joint, sequential = (pruned(recipe_of("magnitude", within_block=way))[1] for way in ("joint", "sequential"))
-    assert all(torch.equal(joint[name].keep_OD, sequential[name].keep_OD) for name in joint)
+def test_a_recipe_that_nothing_is_gathered_for_is_refused_in_sequence() -> None:
+    with pytest.raises(ValueError, match="within_block: sequential gathers statistics anew .* leave it out"):
+        recipe_of("magnitude", within_block="sequential")
 
 
 class KeepOneOfFour(BlockStep):
