@@ -199,10 +199,8 @@ class Besa(BlockStep):
         error, scale = torch.zeros_like(expected), 1.0
         if mini_batch.weight > 0:
             output_BTD = block.output(weights, mini_batch.here)
-            error, scale = (
-                relative_error(output_BTD, block.target(mini_batch.here, self.target)),
-                loss_scale(output_BTD),
-            )
+            error = relative_error(output_BTD, block.target(mini_batch.here, self.target))
+            scale = loss_scale(output_BTD)
         distance = ((expected - target) / target) ** 2
         loss = mini_batch.weight * error + self.penalty / block.num_replicas * distance
         torch.autograd.backward(loss * scale)

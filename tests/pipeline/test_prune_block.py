@@ -118,7 +118,7 @@ def test_statistics_are_gone_when_the_recipe_is_through(within_block: str) -> No
 
 
 def test_a_recipe_that_nothing_is_gathered_for_is_refused_in_sequence() -> None:
-    with pytest.raises(ValueError, match="within_block: sequential gathers statistics anew .* leave it out"):
+    with pytest.raises(ValueError, match=r"within_block: sequential gathers statistics anew .* leave it out"):
         recipe_of("magnitude", within_block="sequential")
 
 
