@@ -31,6 +31,7 @@ pytestmark = pytest.mark.usefixtures("warm_ray")
 
 WANDA: RecipeEntries = ["wanda"]
 BOTH: RecipeEntries = ["besa", "sparsegpt"]
+TUNED: RecipeEntries = ["wanda", {"reconstruct": {"epochs": 1, "norms": True}}]
 REBUILT: RecipeEntries = [BESA_DENSE, "sparsegpt"]
 """Both streams must be made again after a stop, and kept weights are new ones, rounded to what is stored."""
 
@@ -62,7 +63,7 @@ def test_wanda_prunes_as_one_process_does(
     assert header_of(tmp_path).get("replicas", 1) == replicas
 
 
-@pytest.mark.parametrize("recipe", [["sparsegpt"], ["besa"], [BESA_DENSE], BOTH], ids=str)
+@pytest.mark.parametrize("recipe", [["sparsegpt"], ["besa"], [BESA_DENSE], BOTH, TUNED], ids=str)
 def test_three_stages_make_what_one_process_makes(
     recipe: RecipeEntries, source: Path, in_one_process: Callable[[RecipeEntries], Path], tmp_path: Path
 ) -> None:
@@ -100,11 +101,12 @@ def test_magnitude_does_not_ask_how_the_sequences_are_spread(
     assert pruned_alike(tmp_path) == pruned_alike(in_one_process(["magnitude"]))
 
 
+@pytest.mark.parametrize("recipe", [BOTH, TUNED], ids=str)
 def test_gram_matrices_and_gradients_of_two_replicas_sum_to_the_same_bytes_in_every_run(
-    source: Path, tmp_path: Path
+    recipe: RecipeEntries, source: Path, tmp_path: Path
 ) -> None:
     for name in ("one", "other"):
-        carry_out_there(spread(alone(source, tmp_path / name, BOTH), stages=1, replicas=2))
+        carry_out_there(spread(alone(source, tmp_path / name, recipe), stages=1, replicas=2))
     assert outcome(tmp_path / "one") == outcome(tmp_path / "other")
     assert header_of(tmp_path / "one")["replicas"] == 2
     assert is_verified(tmp_path / "one", source)

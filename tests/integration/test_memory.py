@@ -39,7 +39,10 @@ BESA: dict[str, Any] = {"besa": {"batch": 2, "epochs": EPOCHS}}
 """Nor does the method's own."""
 
 DENSE: dict[str, Any] = {"besa": {**BESA["besa"], "target": "dense"}}
-RECIPES: list[RecipeEntries] = [["wanda"], ["sparsegpt"], [BESA], [DENSE], [DENSE, "sparsegpt"]]
+TUNED: dict[str, Any] = {"reconstruct": {"epochs": 1, "norms": True, "target": "dense"}}
+"""After BESA on the pruned stream: both streams and the targets are kept."""
+
+RECIPES: list[RecipeEntries] = [["wanda"], ["sparsegpt"], [BESA], [DENSE], [DENSE, "sparsegpt"], [BESA, TUNED]]
 Reference = Callable[[RecipeEntries], dict[str, Any]]
 
 

@@ -32,6 +32,8 @@ class Case:
     rewrites: bool = False
 
 
+TUNED = {"reconstruct": {"norms": True, "epochs": 2, "target": "pruned"}}
+
 CASES = {
     "magnitude": Case(recipe=["magnitude"], unit="matrix"),
     "magnitude by row": Case(recipe=[{"magnitude": {"scope": "row"}}], unit="row"),
@@ -54,6 +56,10 @@ CASES = {
     "wanda, dsnot by mean": Case(recipe=["wanda", {"dsnot": {"criterion": "mean", "guard": "none"}}], unit="row"),
     "wanda, dsnot 2:4": Case(recipe=["wanda", "dsnot"], sparsity="2:4", unit="group"),
     "besa, dsnot": Case(recipe=["besa", "dsnot"], unit="block"),
+    "wanda, reconstruct": Case(recipe=["wanda", TUNED], unit="row", rewrites=True),
+    "magnitude, reconstruct": Case(recipe=["magnitude", TUNED], unit="matrix", rewrites=True),
+    "admm, reconstruct 2:4": Case(recipe=["admm", TUNED], sparsity="2:4", unit="group", rewrites=True),
+    "besa, reconstruct": Case(recipe=["besa", {"reconstruct": {"norms": True}}], unit="block", rewrites=True),
     "sparsegpt, dsnot": Case(recipe=["sparsegpt", "dsnot"], unit="matrix", rewrites=True),
 }
 
@@ -191,3 +197,35 @@ def test_quantised_weights_take_few_values_in_every_grid(base: Path, tmp_path: P
     for weight in weights.values():
         assert all(len(grid.unique()) <= 8 for grid in weight.reshape(-1, 8))
     verify(tmp_path / "run", base / "llama", Silent())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_sequence_the_first_input_is_judged_as_jointly_and_the_last_is_not(
+    family: str, base: Path, weights_of: Callable[[str, str], Weights], tmp_path: Path
+) -> None:
+    settings = job(base / family, tmp_path, ["sparsegpt"], 0.55, evaluate=None)
+    settings["prune"]["within_block"] = "sequential"
+    carry_out(settings)
+    verify(tmp_path, base / family, Silent())
+    found, jointly = by_rows(load(base / family), tensors_in(tmp_path / "model")), weights_of(family, "sparsegpt")
+    same = [name for name in jointly if ".0." in name and torch.equal(found[name], jointly[name])]
+    others = [name for name in jointly if ".0." in name and name not in same]
+    first = ("q_proj", "k_proj", "v_proj", "c_attn", "query_key_value")
+    assert {name for name in jointly if ".0." in name and any(part in name for part in first)} <= set(same)
+    assert any(part in name for name in others for part in ("down_proj", "mlp.c_proj", "dense_4h_to_h"))
+
+
+def test_tuned_norms_are_named_in_the_ledger_and_no_other_tensor_is_touched(base: Path, tmp_path: Path) -> None:
+    carry_out(job(base / "llama", tmp_path, ["wanda", TUNED], evaluate=None))
+    for commit in Ledger.read(tmp_path).commits.values():
+        assert commit.tuned == ["input_layernorm.weight", "post_attention_layernorm.weight"]
+    verification = verify(tmp_path, base / "llama", Silent())
+    assert verification.tensors == verification.identical_tensors + verification.pruned_tensors + 2 * 3
+
+
+def test_what_is_skipped_is_not_tuned_either(base: Path, tmp_path: Path) -> None:
+    settings = job(base / "llama", tmp_path, ["wanda", TUNED], evaluate=None)
+    settings["prune"]["skip"] = ["mlp.down_proj"]
+    carry_out(settings)
+    before, after = tensors_in(base / "llama"), tensors_in(tmp_path / "model")
+    assert all(same_bits(before[name], after[name]) for name in before if "down_proj" in name)

@@ -15,6 +15,7 @@ from tests.integration.support import carry_out, committed, job, outcome, write_
 from tests.tiny import save_tiny
 
 BESA_DENSE = {"besa": {"target": "dense"}}
+TUNED = {"reconstruct": {"epochs": 1, "norms": True}}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def flip_a_byte(path: Path) -> None:
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("recipe", [["wanda"], [BESA_DENSE], [BESA_DENSE, "sparsegpt"]], ids=str)
+@pytest.mark.parametrize("recipe", [["wanda"], [BESA_DENSE], [BESA_DENSE, "sparsegpt"], ["wanda", TUNED]], ids=str)
 def test_a_run_stopped_at_every_block_ends_with_the_same_bytes(
     recipe: list[Any], stored: torch.dtype, compute: str, tmp_path: Path
 ) -> None:
