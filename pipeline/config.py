@@ -17,7 +17,7 @@ from pipeline.errors import ConfigError
 from pipeline.memory_config import MemoryConfig
 from pipeline.recipe import Recipe, WithinBlock, parse_recipe
 from pipeline.sources import SourceField
-from pipeline.sparsity import Sparsity, Unstructured, parse_sparsity
+from pipeline.sparsity import Sparsity, parse_sparsity
 
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
@@ -100,7 +100,7 @@ class PruneConfig(Section):
     @field_validator("recipe")
     @classmethod
     def _are_steps(cls, value: tuple[str | dict[str, Any], ...]) -> tuple[str | dict[str, Any], ...]:
-        parse_recipe(value, Unstructured(ratio=0.5))
+        parse_recipe(value, None)
         return value
 
     @model_validator(mode="after")

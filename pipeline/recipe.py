@@ -55,9 +55,12 @@ class Recipe:
 
 
 def parse_recipe(
-    entries: Sequence[str | dict[str, Any]], sparsity: Sparsity, within_block: WithinBlock = "joint"
+    entries: Sequence[str | dict[str, Any]], sparsity: Sparsity | None, within_block: WithinBlock = "joint"
 ) -> Recipe:
-    """Read `[besa]`, `[{besa: {epochs: 2}}, sparsegpt]`, …; raises ValueError with every problem, one a line."""
+    """Read `[besa]`, `[{besa: {epochs: 2}}, sparsegpt]`, …; raises ValueError with every problem, one a line.
+
+    Without a sparsity, whether the steps can prune to it is left open.
+    """
     steps: list[Step] = []
     problems: list[str] = []
     for position, entry in enumerate(entries):
@@ -93,7 +96,7 @@ def _parse_step(entry: str | dict[str, Any]) -> Step:
         raise ValueError("\n".join(lines)) from None
 
 
-def _disagreements(steps: Sequence[Step], sparsity: Sparsity) -> list[str]:
+def _disagreements(steps: Sequence[Step], sparsity: Sparsity | None) -> list[str]:
     problems = []
     if not steps:
         problems.append("a recipe needs at least one step")
@@ -111,7 +114,7 @@ def _disagreements(steps: Sequence[Step], sparsity: Sparsity) -> list[str]:
                 f"[{position}] {name} would take weights off the grids that {_name(steps[position - 1])} has put them "
                 "on; quantize in the last step only"
             )
-        if position == 0 and (reason := step.refusal(sparsity)) is not None:
+        if position == 0 and sparsity is not None and (reason := step.refusal(sparsity)) is not None:
             problems.append(f"[{position}] {reason}")
     return problems
 

@@ -4,25 +4,30 @@ Names, shapes, dtypes; every unpruned tensor byte for byte; every pruned tensor'
 it was only masked, its kept weights; the hash of every shard. Nothing is taken from memory of the run.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from math import ceil, floor
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from pipeline.allocation import STEPS
 from pipeline.assemble import OUTSIDE
 from pipeline.checkpoint import INDEX_NAME, Checkpoint
 from pipeline.errors import VerificationError
 from pipeline.ledger import Ledger
 from pipeline.linears import find_linears
+from pipeline.methods.step import Shapes, Step, num_weights
 from pipeline.numerics import all_finite
 from pipeline.progress import Progress
+from pipeline.recipe import parse_recipe
 from pipeline.records import Commit, LinearRecord
 from pipeline.shards import hash_file
 from pipeline.skeleton import Skeleton
-from pipeline.sparsity import SemiStructured, holds, parse_sparsity
+from pipeline.sparsity import SemiStructured, Sparsity, holds, parse_sparsity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,29 +106,42 @@ def _hashes(ledger: Ledger, directory: Path) -> Iterator[str]:
 
 
 def _whole(ledger: Ledger, skeleton: Skeleton) -> Iterator[str]:
-    """Hold all that was pruned against the sparsity that was asked, however it was spread over the blocks.
-
-    Fractions are rounded by less than a weight a row and a millionth of the whole, patterns by less than a weight a
-    group of the largest block.
-    """
+    """Hold all that was pruned against the sparsity that was asked, however it was spread over the blocks."""
     prune = ledger.header.config["prune"]
     assert isinstance(prune, dict)
     asked = parse_sparsity(prune["sparsity"])  # type: ignore[arg-type]  # validated before it was written
-    sizes, num_rows, num_pruned = [], 0, 0
-    for index, commit in ledger.commits.items():
-        weights = {n.name: n.weight(skeleton.blocks[index]) for n in find_linears(skeleton.blocks[index])}
-        sizes.append(sum(record.numel for record in commit.linears.values()))
-        num_rows += sum(len(weights[name]) for name in commit.linears)
-        num_pruned += sum(record.pruned for record in commit.linears.values())
-    wanted = asked.fraction * sum(sizes)
-    rounding = num_rows + sum(sizes) / 10**6
-    if isinstance(asked, SemiStructured):
-        rounding = max(sizes) / asked.group
-    if abs(num_pruned - wanted) > rounding:
+    recipe = parse_recipe(prune["recipe"], None)  # type: ignore[arg-type]  # likewise
+    blocks = [_shapes(skeleton.blocks[index], commit) for index, commit in ledger.commits.items()]
+    num_pruned = sum(record.pruned for commit in ledger.commits.values() for record in commit.linears.values())
+    least, most = num_pruned_within(asked, recipe.steps[0], blocks, by_outliers="allocation" in prune)
+    if not least <= num_pruned <= most:
         yield (
-            f"{num_pruned:,} of {sum(sizes):,} weights were pruned, by the ledger; asked was {asked}, and "
-            f"rounding explains no more than {round(rounding):,}"
+            f"{num_pruned:,} of {sum(map(num_weights, blocks)):,} weights were pruned, by the ledger; "
+            f"asked was {asked}, and rounding explains no fewer than {least:,} and no more than {most:,}"
         )
+
+
+def num_pruned_within(
+    asked: Sparsity, step: Step, blocks: Sequence[Shapes], *, by_outliers: bool = False
+) -> tuple[int, int]:
+    """Return the fewest and the most weights of a model that are pruned where all is well.
+
+    step: what chose the masks, whose rounding adds up over the blocks. An allocation by outliers is rounded for all of
+    them together: fractions to millionths, patterns by less than a weight of every group of the largest block.
+    """
+    sizes = [num_weights(shapes) for shapes in blocks]
+    wanted, by_method = asked.fraction * sum(sizes), sum(step.rounding(asked, shapes) for shapes in blocks)
+    if isinstance(asked, SemiStructured):
+        allocated = max(sizes) // asked.group if by_outliers else 0
+        return ceil(wanted), floor(wanted) + by_method + allocated
+    allocated = sum(sizes) // STEPS + 1 if by_outliers else 0
+    return ceil(wanted) - by_method - allocated, floor(wanted) + allocated
+
+
+def _shapes(block: nn.Module, commit: Commit) -> Shapes:
+    """Return the shapes of the linears that were pruned of a block."""
+    shapes = {linear.name: linear.weight(block).shape for linear in find_linears(block)}
+    return {name: (shapes[name][0], shapes[name][1]) for name in commit.linears}
 
 
 def _contents(ledger: Ledger, skeleton: Skeleton, output: Checkpoint, progress: Progress) -> Iterator[str]:

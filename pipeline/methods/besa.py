@@ -23,7 +23,7 @@ from pydantic import Field
 
 from pipeline.errors import NumericsError
 from pipeline.methods.learnable import Granularity, Learnable, learnable
-from pipeline.methods.pattern_mix import nearest_mix
+from pipeline.methods.pattern_mix import LEEWAY, nearest_mix
 from pipeline.methods.quantisation import Quantize, slab_bytes
 from pipeline.methods.row_sparsity import NUM_CANDIDATES, project_to_budget
 from pipeline.methods.step import (
@@ -59,8 +59,9 @@ class Besa(BlockStep):
     """What learns a sparsity of its own: every row, or every linear."""
 
     mix: bool = False
-    """For an N:M pattern: every row (or linear) keeps as many of each group as it has learnt, N on average. Off, there
-    is nothing to learn of N:M, and it is refused."""
+    """For an N:M pattern: every row (or linear) keeps as many of each group as it has learnt, 1 to M - 1, and N on
+    average. Off, there is nothing to learn of N:M, nor is there in a mix of 1:M, or of one less than M; both are
+    refused, and so is a mix where a fraction is asked."""
 
     quantize: Quantize | None = None
     """Put kept weights on grids of few levels, whose ends are learnt together with the sparsities."""
@@ -99,14 +100,34 @@ class Besa(BlockStep):
         return self.quantize is not None
 
     def refusal(self, sparsity: Sparsity) -> str | None:
-        """Say that exactly N:M everywhere leaves nothing to learn."""
-        if isinstance(sparsity, Unstructured) or self.mix:
+        """Say that exactly N:M leaves nothing to learn, asked or the only mix; or that a fraction cannot be mixed."""
+        if isinstance(sparsity, Unstructured) and self.mix:
+            return (
+                f"besa's `mix` learns how many of every N:M group each row keeps, and the fraction {sparsity} has no "
+                "groups; leave `mix` out, or ask for a pattern such as 2:4"
+            )
+        if isinstance(sparsity, Unstructured):
             return None
-        return (
-            f"besa learns how many weights each row drops, which {sparsity} fixes; use wanda or sparsegpt for "
-            f"{sparsity} everywhere, `besa: {{mix: true}}` for {sparsity} on average (with `granularity: linear`, each "
-            "linear in a pattern of its own), or a fraction such as 0.5"
-        )
+        if not self.mix:
+            return (
+                f"besa learns how many weights each row drops, which {sparsity} fixes; use wanda or sparsegpt for "
+                f"{sparsity} everywhere, `besa: {{mix: true}}` for {sparsity} on average (with `granularity: linear`, "
+                "each linear in a pattern of its own), or a fraction such as 0.5"
+            )
+        if sparsity.keep in (1, sparsity.group - 1) and not self.quantises:
+            return (
+                f"besa's `mix` keeps 1 to {sparsity.group - 1} of every {sparsity.group} weights, so that {sparsity} "
+                f"on average is {sparsity} everywhere; use wanda or sparsegpt, or ask for a pattern such as 2:4"
+            )
+        return None
+
+    def rounding(self, sparsity: Sparsity, shapes: Shapes) -> int:
+        """Return how many weights more than N:M a mix may drop of a block: see `whole_counts`."""
+        if not isinstance(sparsity, SemiStructured):
+            return super().rounding(sparsity, shapes)
+        if self.granularity == "linear":
+            return int(LEEWAY * num_weights(shapes))
+        return max(columns for _, columns in shapes.values()) // sparsity.group - 1
 
     @property
     def num_trials(self) -> int:
@@ -124,8 +145,9 @@ class Besa(BlockStep):
     def working_bytes(self, shapes: Shapes, groups: Sequence[Sequence[str]], dtype: torch.dtype) -> int:
         """Ranks, parameters, and the gradient of one linear's masked weight with that weight, or with its sums.
 
-        Masks take the place of the ranks, linear by linear; quantised weights come beside them. Ranks within N:M groups
-        take less than the ranks within rows that are counted here.
+        Masks take the place of the ranks, linear by linear; quantised weights come beside them. Of a mix this is more
+        than it holds, as the pattern is not known here: a rank within a group takes a byte, and a group has M + 1
+        candidates, where ranks within rows and all candidates of a fraction are counted.
         """
         ranks = sum(rows * columns * rank_dtype(columns).itemsize for rows, columns in shapes.values())
         selection, results = selection_bytes(largest(shapes)), 0
@@ -235,14 +257,15 @@ def whole_counts(
     """Turn sparsities [G] into how many weights of each stretch every row drops, within the budget of the block.
 
     Unstructured, the block loses exactly floor(ratio * weights) weights. Under N:M it keeps N of M, less what rounding
-    to whole counts may take: less than a row's count where rows learn, and LEEWAY where linears do.
+    to whole counts may take: less than a row's count where rows learn, and LEEWAY where linears do. Every group drops 1
+    to M - 1 weights, as N:M itself does, so that there always is such a mix.
     """
     rows, sizes = [len(linear.weight_OD) for linear in linears], [linear.weight_OD.numel() for linear in linears]
     if isinstance(sparsity, SemiStructured) and all(len(alpha_G) == 1 for alpha_G in alphas):
         kept = nearest_mix([alpha_G.item() for alpha_G in alphas], sizes, sparsity)
         return [torch.full((num,), sparsity.group - keep) for num, keep in zip(rows, kept, strict=True)]
     alphas = [alpha_G.expand(num) for alpha_G, num in zip(alphas, rows, strict=True)]
-    widths, units, most = [linear.stretch for linear in linears], None, 1.0
-    if isinstance(sparsity, SemiStructured):
-        units, most = [linear.weight_OD.shape[1] // linear.stretch for linear in linears], 1 - 1 / sparsity.group
-    return project_to_budget(alphas, widths, sparsity.num_pruned(sum(sizes)), units, most)
+    widths = [linear.stretch for linear in linears]
+    units = [linear.weight_OD.shape[1] // linear.stretch for linear in linears]
+    least = 1 if isinstance(sparsity, SemiStructured) else 0
+    return project_to_budget(alphas, widths, sparsity.num_pruned(sum(sizes)), units, least)

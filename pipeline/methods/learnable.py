@@ -26,7 +26,7 @@ from pipeline.methods.row_sparsity import (
 )
 from pipeline.methods.step import PrunedLinear
 from pipeline.methods.wanda import wanda_scores
-from pipeline.sparsity import SemiStructured, Sparsity, Unstructured, map_rows, rank_dtype, row_ranks
+from pipeline.sparsity import SemiStructured, Sparsity, map_rows, rank_dtype, row_ranks
 
 Granularity = Literal["row", "linear"]
 
@@ -41,14 +41,15 @@ def stretch_of(sparsity: Sparsity, num_columns: int) -> int:
     return sparsity.group if isinstance(sparsity, SemiStructured) else num_columns
 
 
-def own_pattern(sparsity: Sparsity, count_O: torch.Tensor) -> Sparsity | None:
-    """Return what a linear of an N:M mix has come to: the tightest pattern that all its rows hold, if there is one."""
+def own_pattern(sparsity: Sparsity, count_O: torch.Tensor) -> SemiStructured | None:
+    """Return what a linear of an N:M mix has come to: the tightest pattern that all its rows hold.
+
+    Rows drop 1 to M - 1 of a group, so there always is one, and steps that follow stay within groups by it. None where
+    nothing but a fraction was asked.
+    """
     if not isinstance(sparsity, SemiStructured):
         return None
-    fewest = int(count_O.min())
-    if fewest == 0:
-        return Unstructured(ratio=count_O.double().mean().item() / sparsity.group)
-    return SemiStructured(keep=sparsity.group - fewest, group=sparsity.group)
+    return SemiStructured(keep=sparsity.group - int(count_O.min()), group=sparsity.group)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

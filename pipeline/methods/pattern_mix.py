@@ -1,5 +1,7 @@
 """A mix of N:M patterns: how many of every M weights each linear keeps, so that the block keeps N of M on average.
 
+Every linear keeps 1 to M - 1 of a group, as N itself is: its own pattern is a pattern, in which later steps stay.
+
 Shapes: T = totals that the linears so far may keep, N = numbers of kept weights a linear may choose from.
 """
 
@@ -15,7 +17,7 @@ LEEWAY = 0.005
 
 
 def nearest_mix(alphas: Sequence[float], sizes: Sequence[int], pattern: SemiStructured) -> list[int]:
-    """Return how many weights of every group each linear keeps, 1 to M: the mix nearest to what has been learnt.
+    """Return how many weights of every group each linear keeps, 1 to M - 1: the mix nearest to what has been learnt.
 
     alphas: learnt fraction removed of each linear; sizes: its number of weights. Of all mixes that keep at most the
     budget of the pattern, and at least that less LEEWAY, the one with the least
@@ -32,7 +34,7 @@ def nearest_mix(alphas: Sequence[float], sizes: Sequence[int], pattern: SemiStru
     least_T[0] = 0
     choices = []
     for weight, alpha in zip(weights, alphas, strict=True):
-        costs = [weight * (kept / group - (1 - alpha)) ** 2 for kept in range(1, group + 1)]
+        costs = [weight * (kept / group - (1 - alpha)) ** 2 for kept in range(1, group)]
         sums_NT = torch.stack([_after(least_T, weight * kept) + cost for kept, cost in enumerate(costs, start=1)])
         choice_T = sums_NT.argmin(dim=0)
         least_T = sums_NT.gather(0, choice_T[None])[0]

@@ -62,8 +62,8 @@ def pruned_counts(alpha_G: torch.Tensor, num_columns: int) -> torch.Tensor:
 
 
 def nearest_counts(alpha_G: torch.Tensor, group: int) -> torch.Tensor:
-    """Return the whole count nearest to M * alpha per group, int64: what an N:M group drops, at most M - 1."""
-    return (alpha_G.double() * group).round().long().clamp_(0, group - 1)
+    """Return the whole count nearest to M * alpha per group, int64: what an N:M group drops, 1 to M - 1."""
+    return (alpha_G.double() * group).round().long().clamp_(1, group - 1)
 
 
 class MaskedWeight(torch.autograd.Function):
@@ -150,22 +150,22 @@ def project_to_budget(
     widths: Sequence[int],
     budget: int,
     units: Sequence[int] | None = None,
-    most: float = 1.0,
+    least: int = 0,
 ) -> list[torch.Tensor]:
     """Turn learnt row sparsities into whole counts that drop `budget` weights together, and not one less.
 
     alphas: per linear, one sparsity per row (float [O]); widths: what a row counts up to, its length D or the M of a
-    pattern; units: how many weights go with one count, 1 unless given (D / M for a pattern); most: the largest
-    sparsity of a row. All rows are shifted by one scalar, found by bisection, and what rounding leaves goes one count
-    at a time to the rows with the largest remainder (ties to the earlier row). With units above 1 the last one may
-    drop more than was missing, by less than its unit. Returns int64 [O] per linear.
+    pattern; units: how many weights go with one count, 1 unless given (D / M for a pattern); least: the smallest count
+    that a row drops, and that it keeps. All rows are shifted by one scalar, found by bisection, and what rounding
+    leaves goes one count at a time to the rows with the largest remainder (ties to the earlier row). With units above 1
+    the last one may drop more than was missing, by less than its unit. Returns int64 [O] per linear.
     """
     units = units or [1] * len(widths)
     alpha = torch.cat([a.detach().double().cpu() for a in alphas])
     width, unit = (_per_row(numbers, alphas) for numbers in (widths, units))
 
     def wanted(shift: float) -> torch.Tensor:
-        return (alpha + shift).clamp(0, most) * width
+        return ((alpha + shift) * width).clamp(min=least).minimum(width - least)
 
     low, high = -1.0, 1.0
     for _ in range(100):

@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.lazy_weights import Maker
-from pipeline.sparsity import Sparsity
+from pipeline.sparsity import SemiStructured, Sparsity
 from pipeline.statistics import AnyStatistic, Gathered, Statistic
 from pipeline.stream_names import StreamName
 
@@ -132,6 +132,14 @@ class Step(BaseModel, ABC):
     def refusal(self, sparsity: Sparsity) -> str | None:
         """Say why it cannot prune so, and what can; None where it can."""
         return None
+
+    def rounding(self, sparsity: Sparsity, shapes: Shapes) -> int:
+        """Return by how many weights of a block it may miss what is asked, where it is the one to choose the mask.
+
+        Of a fraction it drops that many fewer at most (less than one a row), and never more; under an N:M pattern that
+        many more at most (none, where every group has the pattern), and never fewer.
+        """
+        return 0 if isinstance(sparsity, SemiStructured) else sum(rows for rows, _ in shapes.values())
 
     @property
     @abstractmethod

@@ -174,18 +174,21 @@ def test_wandas_masks_do_not_depend_on_the_batch(family: str, base: Path, tmp_pa
     assert [name for name in alone if not same_bits(alone[name], together[name])] == []
 
 
-@pytest.mark.parametrize(
-    "recipe", [[{"besa": {"mix": True}}], [{"besa": {"mix": True, "granularity": "linear"}}, "sparsegpt"]]
-)
+@pytest.mark.parametrize("granularity", ["row", "linear"])
+@pytest.mark.parametrize("after", [[], ["dsnot"], ["sparsegpt"]])
 def test_a_mix_of_patterns_keeps_within_the_budget_and_every_linear_says_its_own(
-    recipe: RecipeEntries, base: Path, tmp_path: Path
+    granularity: str, after: list[str], base: Path, tmp_path: Path
 ) -> None:
+    recipe: RecipeEntries = [{"besa": {"mix": True, "granularity": granularity}}, *after]
     carry_out(job(base / "llama", tmp_path / "run", recipe, "2:4", evaluate=None))
     for commit in Ledger.read(tmp_path / "run").commits.values():
         records = commit.linears.values()
         numel = sum(record.numel for record in records)
         assert numel / 2 <= sum(record.pruned for record in records) < 0.52 * numel
-        assert all(re.fullmatch(r"[123]:4|0\.\d+|0", record.sparsity) for record in records)
+        assert all(re.fullmatch(r"[123]:4", record.sparsity) for record in records)
+    for weight in by_rows(load(base / "llama"), tensors_in(tmp_path / "run" / "model")).values():
+        kept_OG = (weight.reshape(len(weight), -1, 4) != 0).sum(dim=2)
+        assert (kept_OG == kept_OG[:, :1]).all()
     verify(tmp_path / "run", base / "llama", Silent())
 
 

@@ -228,6 +228,7 @@ def test_each_problem_is_told_with_its_key_path(sections: dict[str, Any], expect
         ({"sparsity": 1.5}, "sparsity is 1.5; the fraction removed must be at least 0 and below 1"),
         ({"recipe": []}, "a recipe needs at least one step"),
         ({"sparsity": "2:4", "recipe": ["besa"]}, "[0] besa learns how many weights each row drops, which 2:4 fixes"),
+        ({"sparsity": 0.7, "recipe": [{"besa": {"mix": True}}]}, "[0] besa's `mix` learns how many of every N:M group"),
         ({"recipe": ["wanda", "besa"]}, "[1] besa chooses a mask of its own, but wanda has chosen one before it"),
     ],
 )

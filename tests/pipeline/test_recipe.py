@@ -48,6 +48,20 @@ def test_besa_prunes_to_a_mix_of_patterns() -> None:
     assert parse_recipe([{"besa": {"mix": True}}, "sparsegpt"], TWO_OF_FOUR).steps == (Besa(mix=True), SparseGPT())
 
 
+@pytest.mark.parametrize(("keep", "group"), [(1, 2), (1, 4), (3, 4), (7, 8)])
+def test_what_can_only_be_mixed_as_it_is_goes_with_grids_to_learn(keep: int, group: int) -> None:
+    asked = SemiStructured(keep=keep, group=group)
+    with pytest.raises(
+        ValueError, match=rf"keeps 1 to {group - 1} .*, so that {asked} on average is {asked} everywhere"
+    ):
+        parse_recipe([{"besa": {"mix": True}}], asked)
+    assert parse_recipe([{"besa": {"mix": True, "quantize": {"bits": 3}}}], asked).steps[0].quantises
+
+
+def test_what_is_asked_of_a_mix_is_left_open_where_no_sparsity_is_known() -> None:
+    assert parse_recipe([{"besa": {"mix": True}}], None) == parse_recipe([{"besa": {"mix": True}}], TWO_OF_FOUR)
+
+
 def test_a_step_that_quantises_comes_last() -> None:
     entries: Entries = ["wanda", {"besa": {"quantize": {"bits": 3}}}]
     assert parse_recipe(entries[1:], HALF).steps[0].quantises
@@ -110,6 +124,11 @@ def test_a_recipe_as_data_reads_back_as_itself() -> None:
         (["wanda", "magnitude"], HALF, r"^\[1\] magnitude chooses a mask of its own, but wanda has chosen one before"),
         (["sparsegpt", "besa"], HALF, r"^\[1\] besa chooses a mask .*; put it first, or leave one of them out$"),
         (["besa"], TWO_OF_FOUR, r"^\[0\] besa learns how many weights each row drops, which 2:4 fixes; use wanda or"),
+        (
+            [{"besa": {"mix": True}}, "sparsegpt"],
+            Unstructured(ratio=0.6),
+            r"^\[0\] besa's `mix` .*, and the fraction 0\.6 has no groups; leave `mix` out, or ask for a pattern .*$",
+        ),
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused_in_words(entries: Entries, sparsity: Sparsity, message: str) -> None:
