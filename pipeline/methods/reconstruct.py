@@ -55,7 +55,7 @@ class Reconstruct(BlockStep):
     batch: int = Field(default=1, ge=1)
     """Sequences per update, of each replica."""
 
-    rate: float = Field(default=0.003, gt=0)
+    rate: float = Field(default=0.01, gt=0)
     """First step size of Adam, as a part of the root mean square of the weights that it tunes; it falls to 0 along a
     cosine."""
 

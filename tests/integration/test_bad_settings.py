@@ -62,7 +62,7 @@ def test_every_problem_of_a_recipe_is_told_at_once(refuse: Refuse) -> None:
     assert "[0] no method is called 'wonda'; did you mean 'wanda'?" in message
     assert "[1] besa.epoch: " in message
     assert "[1] besa.reach: " in message
-    assert "options: granularity, target, epochs, batch, penalty, reach, growth" in message
+    assert "options: target, epochs, batch, granularity, penalty, reach, growth" in message
     assert "[2] a step is a name or one `name: {options}`" in message
     assert ": 4 problems" in message
 
@@ -104,7 +104,7 @@ def test_a_pattern_that_divides_some_rows_only_is_refused_for_the_others(refuse:
 def test_a_learnt_sparsity_and_a_fixed_pattern_exclude_each_other(refuse: Refuse) -> None:
     message = refuse({"prune": {"sparsity": "2:4", "recipe": ["besa"]}})
     assert "besa learns how many weights each row drops, which 2:4 fixes" in message
-    assert "use wanda or sparsegpt for N:M, or a fraction such as 0.5" in message
+    assert "use wanda or sparsegpt for 2:4 everywhere" in message
 
 
 def test_a_skip_that_leaves_nothing_to_prune_is_refused(refuse: Refuse) -> None:
