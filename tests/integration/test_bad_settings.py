@@ -62,7 +62,7 @@ def test_every_problem_of_a_recipe_is_told_at_once(refuse: Refuse) -> None:
     assert "[0] no method is called 'wonda'; did you mean 'wanda'?" in message
     assert "[1] besa.epoch: " in message
     assert "[1] besa.reach: " in message
-    assert "options: target, epochs, batch, granularity, penalty, reach, growth" in message
+    assert "options: target, epochs, batch, granularity, mix, quantize, penalty, reach, growth" in message
     assert "[2] a step is a name or one `name: {options}`" in message
     assert ": 4 problems" in message
 
