@@ -38,6 +38,7 @@ class Bench:
         self.weights = {linear.name: linear.weight(block) for linear in find_linears(block)}
         self.groups, self.gathered = self.collector.groups, self.collector.gathered
         self.so_far: dict[str, PrunedLinear] = {}
+        self.tuned: dict[str, torch.Tensor] = {}
         self.peers = Alone()
 
 
