@@ -18,16 +18,14 @@ from then on, and WEIGHT_BYTES for each weight of a slab of rows (of the whole l
 from collections.abc import Sequence
 from functools import cache
 from math import inf
-from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 
-from pipeline.methods.factorise import DAMPING_LIMIT
-from pipeline.methods.least_squares import WEIGHT_BYTES, LeastSquares, fit, split_step
-from pipeline.methods.step import LinearStep, LinearView, PrunedLinear, Shapes, Solver
+from pipeline.methods.least_squares import WEIGHT_BYTES, FittingStep, LeastSquares, fit, split_step
+from pipeline.methods.step import LinearView, PrunedLinear, Shapes, Solver
 from pipeline.sparsity import SELECTION_BYTES, SemiStructured, Sparsity, keep_highest, keep_highest_in_groups
-from pipeline.statistics import Gathered, Gram, Statistic
+from pipeline.statistics import Gathered, Gram
 
 RHO = 1.0
 """How strongly ADMM pulls the weights to their sparse copy, relative to each feature's power (the paper's 1)."""
@@ -36,28 +34,11 @@ FITTED_NUMEL = 1 << 25
 """Weights solved at once where rows are alone: 128 MB of float32, and few enough slabs to keep a device busy."""
 
 
-class Admm(LinearStep):
+class Admm(FittingStep):
     """Prune and fit in turns, then fit."""
-
-    accepts_mask: ClassVar[bool] = True
-    rewrites: ClassVar[bool] = True
-
-    damping: float = Field(default=0.1, gt=0, le=DAMPING_LIMIT)
-    """Ridge that ties weights to their dense values, as a multiple of each input feature's power."""
-
-    scope: Literal["row", "matrix"] = "row"
-    """Where weights compete; within their group too, where the sparsity is N:M."""
 
     choosing: int = Field(default=15, ge=1)
     """Steps of ADMM, each pruning more than the one before; the last chooses the final mask."""
-
-    refining: int = Field(default=10, ge=0)
-    """Steps of conjugate gradients with the final mask."""
-
-    @property
-    def statistics(self) -> tuple[type[Statistic], ...]:
-        """The Gram matrix: what the error of the outputs is made of."""
-        return (Gram,)
 
     @property
     def num_products(self) -> int:

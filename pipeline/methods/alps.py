@@ -16,16 +16,14 @@ matrices of its size, and WEIGHT_BYTES for each weight of a linear.
 """
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 
-from pipeline.methods.factorise import DAMPING_LIMIT
-from pipeline.methods.least_squares import WEIGHT_BYTES, LeastSquares, fit, split_step
-from pipeline.methods.step import LinearStep, LinearView, PrunedLinear, Shapes, Solver
+from pipeline.methods.least_squares import WEIGHT_BYTES, FittingStep, LeastSquares, fit, split_step
+from pipeline.methods.step import LinearView, PrunedLinear, Shapes, Solver
 from pipeline.sparsity import SELECTION_BYTES, Sparsity, keep_by_matrix, keep_by_row
-from pipeline.statistics import Gathered, Gram, Statistic
+from pipeline.statistics import Gathered, Gram
 
 FIRST_RHO = 0.1
 """Penalty to begin with, relative to each feature's power."""
@@ -39,28 +37,11 @@ GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 """How rho grows where more than this share of the kept weights has changed since it last grew."""
 
 
-class Alps(LinearStep):
+class Alps(FittingStep):
     """Prune under a rising penalty, then fit."""
-
-    accepts_mask: ClassVar[bool] = True
-    rewrites: ClassVar[bool] = True
-
-    damping: float = Field(default=0.1, gt=0, le=DAMPING_LIMIT)
-    """Ridge that ties weights to their dense values, as a multiple of each input feature's power."""
-
-    scope: Literal["row", "matrix"] = "row"
-    """Where weights compete. N:M patterns always compete within their group."""
 
     limit: int = Field(default=300, ge=1)
     """Steps of ADMM at most."""
-
-    refining: int = Field(default=10, ge=0)
-    """Steps of conjugate gradients with the final mask."""
-
-    @property
-    def statistics(self) -> tuple[type[Statistic], ...]:
-        """The Gram matrix: what the error of the outputs is made of."""
-        return (Gram,)
 
     @property
     def num_products(self) -> int:

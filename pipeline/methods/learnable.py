@@ -15,7 +15,7 @@ from pipeline.methods.quantisation import QuantisedMaskedWeight, Quantize, quant
 from pipeline.methods.row_sparsity import (
     NUM_CANDIDATES,
     MaskedWeight,
-    Rows,
+    SlabOf,
     candidate_sparsities,
     hard_keep,
     masked,
@@ -112,7 +112,7 @@ class Learnable:
         count_O = count_O.to(self.rank_OD.device)
         return partial(masked, self._values(), self.weight_OD, self.rank_OD, count_O)
 
-    def _values(self) -> Rows:
+    def _values(self) -> SlabOf:
         """Return what gives slabs of weights as they will be written, less the mask."""
         if self.quantize is None or self.clip_2OQ is None:
             return self.weight_OD.__getitem__

@@ -11,14 +11,17 @@ Minimising f under a mask is a linear least-squares problem; ADMM and conjugate 
 Scaled weights have names of their own: `point_RD`, `dense_RD`. Shapes: R = some rows, D = in features.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Literal, Self
 
 import torch
+from pydantic import Field
 
-from pipeline.methods.factorise import with_damping_enough
-from pipeline.methods.step import LinearView, PrunedLinear
+from pipeline.methods.factorise import DAMPING_LIMIT, with_damping_enough
+from pipeline.methods.step import LinearStep, LinearView, PrunedLinear
+from pipeline.statistics import Gram, Statistic
 
 WEIGHT_BYTES = 25
 """Bytes a weight takes while it is fitted: six numbers in float32 and its mask."""
@@ -84,6 +87,36 @@ class LeastSquares:
             residual_RD.addcmul_(curved_RD, length_R1, value=-1)
             before_R1, power_R1 = power_R1, _power(residual_RD)
             direction_RD.mul_(_ratio(power_R1, before_R1)).add_(residual_RD)
+
+
+class FittingStep(LinearStep):
+    """What methods have in common that end by fitting the kept weights; they differ in how they choose the mask."""
+
+    accepts_mask: ClassVar[bool] = True
+    rewrites: ClassVar[bool] = True
+
+    damping: float = Field(default=0.1, gt=0, le=DAMPING_LIMIT)
+    """Ridge that ties weights to their dense values, as a multiple of each input feature's power."""
+
+    scope: Literal["row", "matrix"] = "row"
+    """Where weights compete; within their group too, where the sparsity is N:M."""
+
+    refining: int = Field(default=10, ge=0)
+    """Steps of conjugate gradients with the final mask."""
+
+    @property
+    def statistics(self) -> tuple[type[Statistic], ...]:
+        """The Gram matrix: what the error of the outputs is made of."""
+        return (Gram,)
+
+    @property
+    @abstractmethod
+    def num_products(self) -> int:
+        """Products of each linear with a matrix of its input, where it chooses the mask."""
+
+    @abstractmethod
+    def num_inverses(self, num_linears: int) -> int:
+        """Return how many matrices are inverted for the linears of one input."""
 
 
 Choice = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]

@@ -103,11 +103,11 @@ class MaskedWeight(torch.autograd.Function):
         )
 
 
-Rows = Callable[[slice], torch.Tensor]
+SlabOf = Callable[[slice], torch.Tensor]
 """Gives the weights [R, D] of a slab of rows."""
 
 
-def masked(weights: Rows, like_OD: torch.Tensor, rank_OD: torch.Tensor, counts_G: torch.Tensor) -> torch.Tensor:
+def masked(weights: SlabOf, like_OD: torch.Tensor, rank_OD: torch.Tensor, counts_G: torch.Tensor) -> torch.Tensor:
     """Return weight * [rank >= count] in the dtype and layout of `like`; temporaries are those of a slab of rows."""
     masked_OD, counts_O = torch.empty_like(like_OD), counts_G.expand(len(like_OD))
     for rows in row_slabs(*like_OD.shape):
@@ -116,7 +116,7 @@ def masked(weights: Rows, like_OD: torch.Tensor, rank_OD: torch.Tensor, counts_G
 
 
 def share_gradient(
-    grad_OD: torch.Tensor, weights: Rows, rank_OD: torch.Tensor, shape_GP: tuple[int, int], stretch: int | None
+    grad_OD: torch.Tensor, weights: SlabOf, rank_OD: torch.Tensor, shape_GP: tuple[int, int], stretch: int | None
 ) -> torch.Tensor:
     """Return dL/dshare_GP, float32, of a loss whose gradient in the masked weight is given."""
     num_groups, num_candidates = shape_GP
@@ -126,7 +126,7 @@ def share_gradient(
 
 def prefix_at_candidates(
     grad_OD: torch.Tensor,
-    weights: Rows,
+    weights: SlabOf,
     rank_OD: torch.Tensor,
     num_candidates: int = NUM_CANDIDATES,
     stretch: int | None = None,

@@ -6,26 +6,27 @@ from pipeline.methods.admm import Admm
 from pipeline.methods.alps import Alps
 from pipeline.methods.besa import Besa
 from pipeline.methods.dsnot import Dsnot
+from pipeline.methods.least_squares import FittingStep
 from pipeline.methods.reconstruct import Reconstruct
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.methods.step import BlockStep, Step
 from pipeline.planning.work import Count, Linears, Pruning, Workload, weights_of
 from pipeline.recipe import Recipe
 
-SELECTION_BYTES = 80
-"""Memory traffic per weight of choosing the smallest of each row: scores, and the passes of a sort."""
+SELECTION_TRAFFIC = 80
+"""Bytes of memory traffic per weight of choosing the smallest of each row: scores, and the passes of a sort."""
 
-MASK_STEP_BYTES = 18
-"""Memory traffic per weight and update of BESA: 16-bit ranks, the masked weight, its gradient."""
+MASK_STEP_TRAFFIC = 18
+"""Bytes of memory traffic per weight and update of BESA: 16-bit ranks, the masked weight, its gradient."""
 
-SWAP_BYTES = 16
-"""Memory traffic per weight and swap of its row: gradient, row of the Gram matrix, gain."""
+SWAP_TRAFFIC = 16
+"""Bytes of memory traffic per weight and swap of its row: gradient, row of the Gram matrix, gain."""
 
-GRID_STEP_BYTES = 160
+GRID_STEP_TRAFFIC = 160
 """More of it where weights are put on grids: their levels are found four times over."""
 
-LEARNING_STEP_BYTES = 48
-"""Memory traffic per weight and update of reconstruct: value, gradient and moments, read and written, in float32."""
+LEARNING_STEP_TRAFFIC = 48
+"""Bytes of memory traffic per weight and update of reconstruct: value, gradient and moments in float32, both ways."""
 
 
 def made_bytes(recipe: Recipe, num_steps: int, num_weights: int, itemsize: int) -> int:
@@ -42,14 +43,14 @@ def count_prune(work: Workload, step: Step) -> Pruning:
 
 def _selection(work: Workload, step: Step) -> Pruning:
     """Replicas share the rows of each linear, and send each other the masks, a byte a weight."""
-    return Pruning(shared=Count(memory=SELECTION_BYTES * work.num_weights), solved_bytes=work.num_weights)
+    return Pruning(shared=Count(memory=SELECTION_TRAFFIC * work.num_weights), solved_bytes=work.num_weights)
 
 
 def _dsnot(work: Workload, step: Step) -> Pruning:
     """Every swap of every row looks at all its weights again, a few numbers of each."""
     assert isinstance(step, Dsnot)
     by_error, guarded = step.criterion == "error", step.guard != "none"
-    each = SELECTION_BYTES + step.cycles * (SWAP_BYTES if by_error else 0)
+    each = SELECTION_TRAFFIC + step.cycles * (SWAP_TRAFFIC if by_error else 0)
     products = 4 if by_error else 3 if guarded else 0  # with the Gram matrix: to begin with, and to judge by
     return Pruning(
         pieces=tuple(
@@ -72,16 +73,16 @@ def _solve(step: Step, group: Linears) -> Count:
     """Factorise and invert for the linears of an input; then sweep their columns, or multiply them again and again."""
     width = group[0][1]
     factor, product = 4 / 3 * width**3, 2.0 * weights_of(group) * width
-    if isinstance(step, Admm | Alps):
+    if isinstance(step, FittingStep):
         return Count(factor=factor * step.num_inverses(len(group)), gram=product * step.num_products)
     return Count(factor=factor, gram=product / 2, columns=len(group) * width)
 
 
-def _learning(work: Workload, step: BlockStep, step_bytes: int) -> Count:
+def _learning(work: Workload, step: BlockStep, step_traffic: int) -> Count:
     """Forward and backward take three passes an epoch, and read inputs and what they are to become."""
     return Count(
         gemm=3 * step.epochs * work.forward_flops,
-        memory=_num_updates(work, step) * step_bytes * work.num_weights,
+        memory=_num_updates(work, step) * step_traffic * work.num_weights,
         hidden_read=2 * step.epochs * work.boundary_bytes,
     )
 
@@ -94,10 +95,10 @@ def _besa(work: Workload, step: Step) -> Pruning:
     """Every replica ranks all weights; trials of a mix of patterns are a pass each."""
     assert isinstance(step, Besa)
     trials = Count(gemm=step.num_trials * work.forward_flops, hidden_read=2 * step.num_trials * work.boundary_bytes)
-    step_bytes = MASK_STEP_BYTES + (GRID_STEP_BYTES if step.quantises else 0)
+    step_traffic = MASK_STEP_TRAFFIC + (GRID_STEP_TRAFFIC if step.quantises else 0)
     return Pruning(
-        shared=_learning(work, step, step_bytes) + trials,
-        repeated=Count(memory=SELECTION_BYTES * work.num_weights),
+        shared=_learning(work, step, step_traffic) + trials,
+        repeated=Count(memory=SELECTION_TRAFFIC * work.num_weights),
         gradient_bytes=4 * step.num_parameters([shape for group in work.groups for shape in group]),
         num_updates=_num_updates(work, step),
     )
@@ -107,7 +108,7 @@ def _reconstruct(work: Workload, step: Step) -> Pruning:
     """Replicas sum the gradients of all weights in every update."""
     assert isinstance(step, Reconstruct)
     return Pruning(
-        shared=_learning(work, step, LEARNING_STEP_BYTES),
+        shared=_learning(work, step, LEARNING_STEP_TRAFFIC),
         gradient_bytes=4 * work.num_weights,
         num_updates=_num_updates(work, step),
     )

@@ -16,7 +16,7 @@ from pipeline.errors import StorageError
 from pipeline.meter import synchronise
 from pipeline.paging.pager import Pager
 from pipeline.planning.footprint import Choice
-from pipeline.planning.methods_work import SELECTION_BYTES, count_prune
+from pipeline.planning.methods_work import SELECTION_TRAFFIC, count_prune
 from pipeline.planning.probes import copy_speed, disk_speed, matmul_flops
 from pipeline.planning.scale import Generation, Scale
 from pipeline.planning.work import (
@@ -212,7 +212,7 @@ def _selection_speed(device: torch.device) -> float:
     """Choose the smaller half of each row of a small matrix."""
     score_OD = torch.rand(512, 8192, device=device, generator=torch.Generator(device).manual_seed(0))
     seconds = _best_of(lambda: keep_by_row(score_OD, Unstructured(ratio=0.5)), device)
-    return SELECTION_BYTES * score_OD.numel() / seconds
+    return SELECTION_TRAFFIC * score_OD.numel() / seconds
 
 
 def _hash_speed() -> float:

@@ -11,26 +11,13 @@ from hypothesis import strategies as st
 from pipeline.methods import admm
 from pipeline.methods.admm import Admm, grown_mask
 from pipeline.methods.sparsegpt import SparseGPT
-from pipeline.methods.step import PrunedLinear
 from pipeline.methods.wanda import Wanda
-from pipeline.sparsity import SemiStructured, Sparsity, Unstructured
+from pipeline.sparsity import SemiStructured, Sparsity
 from pipeline.statistics import Gram
 from tests import reference
-from tests.correlated import DEAD, distance, gram_of, inputs, normal, squares_of, with_dead_features
+from tests.correlated import distance, gram_of, inputs, normal, squares_of
+from tests.fitted import FOUR_OF_EIGHT, HALF, SPARSITIES, prune
 from tests.solving import solve
-
-HALF = Unstructured(ratio=0.5)
-FOUR_OF_EIGHT = SemiStructured(keep=4, group=8)
-SPARSITIES = [HALF, Unstructured(ratio=0.7), SemiStructured(keep=2, group=4), FOUR_OF_EIGHT]
-
-
-def prune(
-    step: Admm, weight_OD: torch.Tensor, gram: Gram, sparsity: Sparsity, keep_OD: torch.Tensor | None = None
-) -> tuple[torch.Tensor, PrunedLinear]:
-    pruned = solve(step, gram, weight_OD, sparsity, keep_OD)
-    assert pruned.weight_OD is not None
-    assert not pruned.weight_OD[~pruned.keep_OD].any()
-    return pruned.weight_OD, pruned
 
 
 def cubic(num_pruned: int, step: int, num_steps: int) -> int:
@@ -73,16 +60,6 @@ def test_it_chooses_and_moves_as_the_paper_writes_it(scope: str, sparsity: Spars
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 @pytest.mark.parametrize("scope", ["row", "matrix"])
-def test_what_it_keeps_is_the_least_squares_fit_on_its_mask(scope: str, sparsity: Sparsity) -> None:
-    weight_OD, gram = normal(12, 40, seed=4), gram_of(inputs(40))
-    step = Admm.model_validate({"scope": scope, "refining": 60})
-    updated_OD, pruned = prune(step, weight_OD, gram, sparsity)
-    hessian_DD = reference.power_hessian(gram.gram_DD, step.damping)
-    assert distance(updated_OD, reference.fitted_rows(weight_OD, pruned.keep_OD, hessian_DD)) < 1e-4
-
-
-@pytest.mark.parametrize("sparsity", SPARSITIES)
-@pytest.mark.parametrize("scope", ["row", "matrix"])
 def test_correlated_inputs_let_it_err_less_than_sparsegpt_and_than_its_mask_alone(
     scope: str, sparsity: Sparsity
 ) -> None:
@@ -111,29 +88,6 @@ def test_a_mask_of_an_earlier_step_stays_and_its_weights_err_less(sparsity: Spar
     assert torch.equal(pruned.keep_OD, keep_OD)
     before = reference.output_error(weight_OD, weight_OD * keep_OD, x_TD)
     assert reference.output_error(weight_OD, updated_OD, x_TD) < 0.5 * before
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    shape=st.tuples(st.integers(1, 9), st.integers(1, 40)),
-    percent=st.integers(0, 99),
-    scope=st.sampled_from(["row", "matrix"]),
-    choosing=st.integers(1, 6),
-    num_tokens=st.integers(1, 60),
-)
-def test_counts_are_exact(shape: tuple[int, int], percent: int, scope: str, choosing: int, num_tokens: int) -> None:
-    weight_OD, step = normal(*shape, seed=13), Admm.model_validate({"scope": scope, "choosing": choosing})
-    _, pruned = prune(step, weight_OD, gram_of(inputs(shape[1], num_tokens)), Unstructured(ratio=percent / 100))
-    units = pruned.keep_OD if scope == "row" else pruned.keep_OD.reshape(1, -1)
-    assert ((~units).sum(dim=1) == percent * units.shape[1] // 100).all()
-
-
-@pytest.mark.parametrize(("keep", "group"), [(2, 4), (4, 8), (1, 4), (3, 7), (5, 8)])
-@pytest.mark.parametrize("scope", ["row", "matrix"])
-def test_a_pattern_holds_in_every_group_and_is_no_other_pattern(keep: int, group: int, scope: str) -> None:
-    step, weight_OD = Admm.model_validate({"scope": scope}), normal(10, 6 * group, seed=7)
-    _, pruned = prune(step, weight_OD, gram_of(inputs(6 * group)), SemiStructured(keep=keep, group=group))
-    assert (pruned.keep_OD.reshape(-1, group).sum(dim=1) == keep).all()
 
 
 def test_four_of_eight_is_not_two_of_four() -> None:
@@ -170,15 +124,6 @@ def test_rows_are_solved_in_slabs_with_the_same_result(sparsity: Sparsity, monke
     assert distance(apart_OD, together_OD) < 1e-3
 
 
-@pytest.mark.parametrize("scale", [2.0**-16, 2.0**16])
-def test_the_scale_of_the_inputs_changes_nothing(scale: float) -> None:
-    weight_OD, gram = normal(10, 24, seed=8), gram_of(inputs(24))
-    expected_OD, expected = prune(Admm(), weight_OD, gram, HALF)
-    updated_OD, pruned = prune(Admm(), weight_OD, Gram(gram.gram_DD * scale, gram.num_tokens), HALF)
-    assert torch.equal(pruned.keep_OD, expected.keep_OD)
-    assert torch.equal(updated_OD, expected_OD)
-
-
 def test_independent_features_make_it_wanda() -> None:
     """But for the ridge: it lifts the multipliers of pruned weights above their sizes."""
     weight_OD, power_D = normal(8, 40, seed=11), torch.logspace(-2, 2, 40)
@@ -186,42 +131,3 @@ def test_independent_features_make_it_wanda() -> None:
     x_TD = torch.diag(power_D.sqrt())
     assert torch.equal(pruned.keep_OD, solve(Wanda(), squares_of(x_TD), weight_OD, HALF).keep_OD)
     assert distance(updated_OD, weight_OD * pruned.keep_OD) < 1e-6
-
-
-def test_nothing_to_prune_changes_nothing() -> None:
-    weight_OD = normal(8, 40, seed=10)
-    updated_OD, pruned = prune(Admm(), weight_OD, gram_of(inputs(40)), Unstructured(ratio=0.0))
-    assert pruned.keep_OD.all()
-    assert distance(updated_OD, weight_OD) < 1e-6
-
-
-def test_dead_features_go_first_and_stay_as_they_are_where_they_survive() -> None:
-    weight_OD, gram = normal(10, 20, seed=15), gram_of(with_dead_features(inputs(20)))
-    _, pruned = prune(Admm(), weight_OD, gram, Unstructured(ratio=0.1))
-    assert (~pruned.keep_OD).any(dim=0).nonzero().flatten().tolist() == DEAD
-    updated_OD, pruned = prune(Admm(), weight_OD, gram, Unstructured(ratio=0.05))
-    assert not pruned.keep_OD[:, DEAD[0]].any()
-    assert torch.equal(updated_OD[:, DEAD[1]], weight_OD[:, DEAD[1]])
-
-
-def test_inputs_that_were_never_active_still_give_the_exact_count() -> None:
-    updated_OD, pruned = prune(Admm(), normal(6, 10, seed=18), Gram.empty(10, torch.device("cpu")), HALF)
-    assert (~pruned.keep_OD).sum().item() == 30
-    assert updated_OD.isfinite().all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_the_dtype_is_kept_and_the_dense_weight_left_alone(dtype: torch.dtype, transposed: bool) -> None:
-    weight_OD = normal(40, 8, seed=14).to(dtype).T if transposed else normal(8, 40, seed=14).to(dtype)
-    before_OD = weight_OD.clone()
-    updated_OD, pruned = prune(Admm(), weight_OD, gram_of(inputs(40)), HALF)
-    assert updated_OD.dtype == dtype
-    assert pruned.keep_OD.dtype == torch.bool
-    assert torch.equal(weight_OD, before_OD)
-
-
-def test_the_damping_that_was_needed_is_noted() -> None:
-    indefinite = Gram(torch.kron(torch.eye(4), torch.tensor([[1.0, 1.05], [1.05, 1.0]])), num_tokens=1)
-    _, pruned = prune(Admm(damping=0.01), normal(6, 8, seed=19), indefinite, HALF)
-    assert pruned.notes["damping"] == pytest.approx(0.1)

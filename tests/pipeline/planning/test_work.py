@@ -14,7 +14,7 @@ from pipeline.methods.magnitude import Magnitude
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.methods.step import Step
 from pipeline.methods.wanda import Wanda
-from pipeline.planning.methods_work import SELECTION_BYTES, count_prune
+from pipeline.planning.methods_work import SELECTION_TRAFFIC, count_prune
 from pipeline.planning.work import (
     Count,
     count_collect,
@@ -104,7 +104,7 @@ def test_admm_multiplies_every_row_as_often_as_it_is_asked_and_alps_inverts_for_
 @pytest.mark.parametrize("step", [Wanda(), Magnitude()])
 def test_a_method_without_a_count_of_its_own_selects_among_all_weights(step: Step) -> None:
     pruning = count_prune(LLAMA_70B, step)
-    assert pruning.whole == pruning.shared == Count(memory=SELECTION_BYTES * LLAMA_70B.num_weights)
+    assert pruning.whole == pruning.shared == Count(memory=SELECTION_TRAFFIC * LLAMA_70B.num_weights)
 
 
 def test_besa_takes_three_passes_an_epoch_and_reads_inputs_and_targets_in_each() -> None:
