@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.activations import Store, in_memory
+from pipeline.activations import Boundary, Store, in_memory
 from pipeline.budget import Budget, Place
 from pipeline.config import RunConfig
 from pipeline.memory_config import MemoryConfig
@@ -68,6 +68,16 @@ class Memory:
             for place, num_bytes in self.working_sets.get(name, {}).items():
                 leases.enter_context(self.budget.take(place, num_bytes, f"what {name} works with"))
             yield
+
+    def count(self, weights: BlockWeights, *boundaries: Boundary | None) -> None:
+        """Add what has been moved of weights, and of hidden states, to the run's traffic; once, at their end."""
+        self.traffic.weights_read += weights.bytes_read
+        self.traffic.waited_for_weights += weights.waited
+        for boundary in boundaries:
+            if boundary is not None:
+                self.traffic.hidden_read += boundary.region.bytes_read
+                self.traffic.hidden_written += boundary.region.bytes_written
+                self.traffic.waited_for_hidden += boundary.region.waited
 
     def weights_of(self, skeleton: Skeleton) -> BlockWeights:
         """Return what brings the blocks of a skeleton to where they run; to be closed by the caller."""

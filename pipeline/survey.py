@@ -80,6 +80,7 @@ def survey(
             weights.drop(index)
             progress.advance(index, "")
             between_blocks()
+        memory.count(weights, boundary)
     progress.end()
 
 

@@ -94,14 +94,7 @@ class Transaction:
     def close(self) -> None:
         """End reading ahead, count what was moved, and give back the targets; the streams are whose they were."""
         self._weights.close()
-        traffic = self._memory.traffic
-        traffic.weights_read += self._weights.bytes_read
-        traffic.waited_for_weights += self._weights.waited
-        for boundary in (self._streams.pruned, self._streams.dense, self._own_targets):
-            if boundary is not None:
-                traffic.hidden_read += boundary.region.bytes_read
-                traffic.hidden_written += boundary.region.bytes_written
-                traffic.waited_for_hidden += boundary.region.waited
+        self._memory.count(self._weights, self._streams.pruned, self._streams.dense, self._own_targets)
         if self._own_targets is not None:
             self._own_targets.close()
 

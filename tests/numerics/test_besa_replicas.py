@@ -8,11 +8,11 @@ import torch
 from pipeline.lazy_weights import Maker
 from pipeline.methods.besa import Besa
 from pipeline.methods.quantisation import Quantize
-from pipeline.methods.step import NOTHING, MiniBatch, PrunedLinear
+from pipeline.methods.step import NOTHING, PrunedLinear
 from pipeline.sparsity import SemiStructured, Sparsity, Unstructured
 from pipeline.statistics import AnyStatistic
 from pipeline.stream_names import StreamName
-from tests.blocks import SmallBlock
+from tests.blocks import SharedBlock, SmallBlock
 from tests.replicas import ThreadPeer, together
 
 NUM_SEQUENCES = 6
@@ -46,25 +46,12 @@ class LinearBlock(SmallBlock):
         return self.hidden_BTD[sequences] @ self.weights["linear"].T
 
 
-class ReplicaBlock(LinearBlock):
+class ReplicaBlock(SharedBlock, LinearBlock):
     """The same on one of several replicas, which have `shares` of the sequences."""
 
     def __init__(self, peer: ThreadPeer, shares: Sequence[slice]) -> None:
-        super().__init__(shares[peer.rank])
-        self._peer, self._shares = peer, shares
-        self.num_replicas = peer.size
-
-    def mini_batches(self, size: int, order: Sequence[int] | None = None) -> list[MiniBatch]:
-        counts = [share.stop - share.start for share in self._shares]
-        updates = []
-        for start in range(0, max(counts), size):
-            parts = [min(max(count - start, 0), size) for count in counts]
-            here = parts[self._peer.rank]
-            updates.append(MiniBatch(here=slice(start, start + here), weight=here / sum(parts)))
-        return updates
-
-    def sum(self, tensors: Sequence[torch.Tensor]) -> None:
-        self._peer.sum(tensors)
+        super().__init__()
+        self.share_out(peer, shares)
 
 
 BESA = Besa()

@@ -9,12 +9,12 @@ import torch
 from pipeline.errors import NumericsError
 from pipeline.lazy_weights import Maker
 from pipeline.methods.reconstruct import Reconstruct
-from pipeline.methods.step import NOTHING, MiniBatch, PrunedBlock, PrunedLinear
+from pipeline.methods.step import NOTHING, PrunedBlock, PrunedLinear, loss_scale
 from pipeline.sparsity import Unstructured
-from pipeline.statistics import AnyStatistic
+from pipeline.statistics import AnyStatistic, relative_error
 from pipeline.stream_names import StreamName
 from tests import reference
-from tests.blocks import SmallBlock
+from tests.blocks import SharedBlock, SmallBlock
 from tests.replicas import ThreadPeer, together
 
 HALF = Unstructured(ratio=0.5)
@@ -72,28 +72,12 @@ class NoisyMlp(MaskedMlp):
         return (clean + 0.3 * normal(*clean.shape, seed=7))[sequences]
 
 
-class ReplicaMlp(MaskedMlp):
+class ReplicaMlp(SharedBlock, MaskedMlp):
     """One of several replicas, each with its own part of the sequences."""
 
     def __init__(self, peer: ThreadPeer, shares: Sequence[slice]) -> None:
         super().__init__()
-        self.hidden_BTD, self._peer, self._shares = self.hidden_BTD[shares[peer.rank]], peer, shares
-        self.num_replicas = peer.size
-
-    def num_mini_batches(self, size: int) -> int:
-        longest: int = max(share.stop - share.start for share in self._shares)
-        return -(-longest // size)
-
-    def mini_batches(self, size: int, order: Sequence[int] | None = None) -> list[MiniBatch]:
-        updates = []
-        for number in range(self.num_mini_batches(size)) if order is None else order:
-            parts = [min(max(s.stop - s.start - number * size, 0), size) for s in self._shares]
-            here = parts[self._peer.rank]
-            updates.append(MiniBatch(here=slice(number * size, number * size + here), weight=here / sum(parts)))
-        return updates
-
-    def sum(self, tensors: Sequence[torch.Tensor]) -> None:
-        self._peer.sum(tensors)
+        self.share_out(peer, shares)
 
 
 def masked(block: MaskedMlp) -> dict[str, torch.Tensor]:
@@ -217,12 +201,46 @@ def test_a_replica_without_sequences_changes_nothing() -> None:
     assert all(torch.equal(new_weights(with_idle)[n], new_weights(alone)[n]) for n in ("up", "down"))
 
 
-def test_a_block_in_bfloat16_gets_weights_in_bfloat16_that_do_better() -> None:
-    block = MaskedMlp(dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_block_of_16_bits_gets_weights_of_16_bits_that_do_better(dtype: torch.dtype) -> None:
+    block = MaskedMlp(dtype=dtype)
     made = tune(block, PATIENT)
-    assert new_weights(made)["up"].dtype == torch.bfloat16
+    assert new_weights(made)["up"].dtype == dtype
     everything = slice(0, 16)
     assert block.error(new_weights(made), everything, "pruned") < 0.6 * block.error(masked(block), everything, "pruned")
+
+
+def test_gradients_of_long_batches_do_not_vanish_in_float16() -> None:
+    generator = torch.Generator().manual_seed(0)
+    target_BTD = torch.randn(1, 512, 512, generator=generator)
+    output_BTD = (target_BTD + 0.003 * torch.randn(1, 512, 512, generator=generator)).half().requires_grad_()
+    plain, scaled = (
+        torch.autograd.grad(relative_error(output_BTD, target_BTD) * scale, output_BTD)[0]
+        for scale in (1.0, loss_scale(output_BTD))
+    )
+    assert (plain == 0).float().mean() > 0.5
+    assert (scaled == 0).float().mean() < 0.01
+    assert scaled.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_dtypes_need_no_scale(dtype: torch.dtype) -> None:
+    assert loss_scale(torch.zeros(2, 3, 4, dtype=dtype)) == 1
+
+
+@pytest.mark.parametrize(("num_sequences", "batch", "is_checked"), [(16, 8, True), (2, 1, True), (3, 4, False)])
+def test_sequences_are_held_out_wherever_there_are_two_updates(
+    num_sequences: int, batch: int, is_checked: bool
+) -> None:
+    made = tune(MaskedMlp(num_sequences), Reconstruct(epochs=1, batch=batch, target="pruned"))
+    assert ("error_before" in made.linears["up"].notes) is is_checked
+
+
+def test_a_second_tuning_goes_on_from_the_norms_of_the_first() -> None:
+    block = MaskedMlp()
+    block.tuned = {"norm.weight": torch.full((FEATURES,), 3.0)}
+    made = tune(block, Reconstruct(epochs=1, rate=1e-12, target="pruned", norms=True, held_out=0))
+    assert torch.allclose(made.others["norm.weight"], torch.full((FEATURES,), 3.0))
 
 
 def test_numbers_that_are_not_finite_are_refused_with_the_way_out() -> None:
