@@ -230,9 +230,14 @@ def shuffled(victims: list[Victim], instants: random.Random) -> list[Victim]:
     return instants.sample(victims, len(victims))
 
 
+def trace_file(run_directory: Path) -> Path:
+    """Where the report's trace is written, by a run that ran any phase."""
+    return run_directory / "report" / "trace.json"
+
+
 def trace_of(run_directory: Path) -> list[tuple[int, str]]:
     """The phases of the report's trace, each with its block, in the order in which they began."""
-    events = json.loads((run_directory / "report" / "trace.json").read_text())["traceEvents"]
+    events = json.loads(trace_file(run_directory).read_text())["traceEvents"]
     spans = sorted((event["ts"], event["args"]["block"], event["cat"]) for event in events if event["ph"] == "X")
     return [(block, phase) for _, block, phase in spans]
 

@@ -59,7 +59,7 @@ CASES = {
     "wanda, reconstruct": Case(recipe=["wanda", TUNED], unit="row", rewrites=True),
     "magnitude, reconstruct": Case(recipe=["magnitude", TUNED], unit="matrix", rewrites=True),
     "admm, reconstruct 2:4": Case(recipe=["admm", TUNED], sparsity="2:4", unit="group", rewrites=True),
-    "besa, reconstruct": Case(recipe=["besa", {"reconstruct": {"norms": True}}], unit="block", rewrites=True),
+    "besa, reconstruct": Case(recipe=["besa", {"reconstruct": {"held_out": 0}}], unit="block", rewrites=True),
     "sparsegpt, dsnot": Case(recipe=["sparsegpt", "dsnot"], unit="matrix", rewrites=True),
 }
 
