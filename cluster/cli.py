@@ -1,6 +1,5 @@
 """The `secateur` command."""
 
-import json
 import signal
 import sys
 from collections.abc import Callable
@@ -8,11 +7,12 @@ from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from cluster.cli_jobs import jobs
+from cluster.cli_shared import EXIT_ERROR, EXIT_REFUSED, EXIT_STOPPED, Json, Override, console, emit
 from cluster.console import show_plan, show_report, show_table, shown_progress
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import ComputeConfig, EvaluateConfig, RunConfig, load_config, validated
@@ -35,9 +35,6 @@ from pipeline.run import run as run_pipeline
 from pipeline.skeleton import Skeleton
 from pipeline.verify import verify as verify_run
 
-EXIT_ERROR, EXIT_REFUSED, EXIT_STOPPED = 1, 3, 75
-"""75 (EX_TEMPFAIL): stopped as asked; the same command goes on."""
-
 
 class StoppedAtOnce(BaseException):
     """A second signal. Not a KeyboardInterrupt, of which typer makes an exit status of its own."""
@@ -46,10 +43,7 @@ class StoppedAtOnce(BaseException):
 app = typer.Typer(
     help="Prune large language models block by block.", no_args_is_help=True, pretty_exceptions_enable=False
 )
-console = Console(stderr=True)
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else.")]
-Override = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")]
+app.add_typer(jobs)
 
 
 @app.command()
@@ -192,12 +186,6 @@ def stop_on_signals() -> Callable[[], bool]:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, note)
     return lambda: bool(asked)
-
-
-def emit(as_json: bool, content: dict[str, Any]) -> None:
-    """Print the one JSON object, if it was asked for."""
-    if as_json:
-        sys.stdout.write(json.dumps(content) + "\n")
 
 
 def main() -> None:

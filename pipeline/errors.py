@@ -13,6 +13,8 @@
     ├── StorageError            the disk is full, unwritable or gone
     ├── BudgetExceeded          a buffer would pass a ceiling of the `memory` section
     ├── StageFailed             a stage of a cluster job died of what would come again, too often, or found no room
+    ├── SubmissionError         a Ray cluster's job server refuses, or knows no such job
+    │   └── ClusterUnreachable  it does not answer
     ├── VerificationError       the written model is not what the ledger says
     └── RunStopped              a signal asked for a stop; the run can go on from its last commit
 
@@ -74,6 +76,14 @@ class BudgetExceeded(SecateurError):
 
 class StageFailed(SecateurError):
     """A stage of a cluster job died of what would come again, died too often, or found no resources."""
+
+
+class SubmissionError(SecateurError):
+    """The job server of a Ray cluster refuses what is asked of it, or knows no such job."""
+
+
+class ClusterUnreachable(SubmissionError):
+    """The job server of a Ray cluster does not answer; a job there may well be going on."""
 
 
 class VerificationError(SecateurError):

@@ -21,22 +21,24 @@ FLOORS = {
     4: "pipeline: assemble block_writer inputs memory outliers planning prune_block sampler self_calibration stage "
     "stream survey transaction weights workbench",
     5: "pipeline: allocate demo_model doctor evaluate job report run verify",
-    6: "cluster: console job_shape messages topology",
-    7: "cluster: cost_model depot expectation failures forecast replicas schedule shelves state trace worker",
+    6: "cluster: cli_shared console credentials job_shape jobs messages package topology",
+    7: "cluster: cost_model depot expectation failures follow forecast replicas schedule shelves state submit trace "
+    "worker",
     8: "cluster: choice coordinator policy",
-    9: "cluster: actors handoff metrics ray_cluster ray_runtime",
+    9: "cluster: actors handoff job_client metrics ray_cluster ray_runtime",
     10: "cluster: job",
-    11: "cluster: cli",
+    11: "cluster: cli cli_jobs",
+    12: "cluster: entry",
 }
 """A module may import from its own floor, without a cycle, and from the floors with smaller numbers.
 
 A package on a floor stands there with everything in it.
 """
 
-OWNED_ALONE = ("deepspeed", "datasets", "gguf", "prodigyopt", "accelerate", "typer")
+OWNED_ALONE = ("deepspeed", "datasets", "gguf", "prodigyopt", "accelerate")
 """Heavy libraries: each is imported by one file, the one that knows how it behaves."""
 
-KNOW_RAY = ("actors", "handoff", "metrics", "ray_cluster", "ray_runtime")
+KNOW_RAY = ("actors", "handoff", "job_client", "metrics", "ray_cluster", "ray_runtime")
 """The files of `cluster` that may import ray; what decides is not among them."""
 
 PACKAGES_WITH_CODE = {Path("pipeline/methods/__init__.py")}
@@ -152,6 +154,10 @@ def test_what_is_installed_is_all_of_it() -> None:
 
 def test_what_decides_knows_nothing_of_ray() -> None:
     assert importers("ray") == {f"cluster/{name}.py" for name in KNOW_RAY}
+
+
+def test_only_the_command_line_reads_options() -> None:
+    assert {Path(path).stem.partition("_")[0] for path in importers("typer")} == {"cli"}
 
 
 def test_only_the_command_line_draws() -> None:

@@ -11,7 +11,10 @@ from cluster.cli import app
 from pipeline.config import RunConfig, load_config
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.y*ml"))
+MANIFESTS = ROOT / "configs" / "manifests"
+"""Not configurations of a run, but what other schedulers take: see test_manifests.py."""
+
+CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.y*ml") if MANIFESTS not in path.parents)
 
 
 def code_blocks() -> list[str]:
