@@ -1,21 +1,29 @@
 """The `secateur` command."""
 
-import signal
 import sys
-from collections.abc import Callable
 from contextlib import closing
-from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
 
 from cluster.cli_jobs import jobs
-from cluster.cli_shared import EXIT_ERROR, EXIT_REFUSED, EXIT_STOPPED, Json, Override, console, emit
+from cluster.cli_shared import (
+    EXIT_ERROR,
+    EXIT_REFUSED,
+    EXIT_STOPPED,
+    Json,
+    Override,
+    StoppedAtOnce,
+    console,
+    emit,
+    stop_on_signals,
+)
+from cluster.cli_watch import watching
 from cluster.console import show_plan, show_report, show_table, shown_progress
+from cluster.run import run_anywhere
 from pipeline.checkpoint import Checkpoint
-from pipeline.config import ComputeConfig, EvaluateConfig, RunConfig, load_config, validated
+from pipeline.config import ComputeConfig, EvaluateConfig, load_config, validated
 from pipeline.demo_model import fetch_demo_model
 from pipeline.devices import choose_device, choose_dtype
 from pipeline.doctor import examine
@@ -28,22 +36,15 @@ from pipeline.meter import human_bytes
 from pipeline.paging.aio import build as build_aio
 from pipeline.paging.aio import is_built
 from pipeline.planning.plan import make_plan, measure_speeds
-from pipeline.progress import Progress, StopAsked
-from pipeline.report import Report
 from pipeline.run import counted
-from pipeline.run import run as run_pipeline
 from pipeline.skeleton import Skeleton
 from pipeline.verify import verify as verify_run
-
-
-class StoppedAtOnce(BaseException):
-    """A second signal. Not a KeyboardInterrupt, of which typer makes an exit status of its own."""
-
 
 app = typer.Typer(
     help="Prune large language models block by block.", no_args_is_help=True, pretty_exceptions_enable=False
 )
 app.add_typer(jobs)
+app.add_typer(watching, name="watch")
 
 
 @app.command()
@@ -148,20 +149,6 @@ def demo_model(directory: Annotated[Path, typer.Argument(help="Where to put the 
     fetch_demo_model(directory, lambda text: console.print(text, markup=False, highlight=False))
 
 
-def run_anywhere(settings: RunConfig, progress: Progress, stop_asked: StopAsked) -> Report:
-    """Run in this process, or over a cluster where the settings have one."""
-    if settings.cluster is None:
-        return run_pipeline(settings, progress, stop_asked, probe=True)
-    if find_spec("ray") is None:
-        raise ConfigError(
-            "the settings have a `cluster` section, but ray is not installed; "
-            "pip install 'secateur[cluster]', or remove the section to run in this process"
-        )
-    from cluster.job import run_on_cluster
-
-    return run_on_cluster(settings, progress, stop_asked)
-
-
 def config_file(path: Path) -> Path:
     """Return the configuration of a run directory, or the file itself."""
     if not path.is_dir():
@@ -169,23 +156,6 @@ def config_file(path: Path) -> Path:
     if not (path / "config.yaml").exists():
         raise ConfigError(f"{path} is a directory without a config.yaml: neither a configuration nor a run directory")
     return path / "config.yaml"
-
-
-def stop_on_signals() -> Callable[[], bool]:
-    """Return a question that turns true at the first SIGINT or SIGTERM; a second one ends the process at once."""
-    asked: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if asked:
-            raise StoppedAtOnce
-        asked.append(number)
-        console.print(
-            "stopping once this block is committed; once more to stop at once (the block is then lost)", soft_wrap=True
-        )
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
-    return lambda: bool(asked)
 
 
 def main() -> None:

@@ -1,7 +1,10 @@
-"""What the files of the `secateur` command share: options, exit statuses, the console, the one JSON object."""
+"""What the files of the `secateur` command share: options, exit statuses, signals, the console, the JSON object."""
 
 import json
+import signal
 import sys
+from collections.abc import Callable
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -25,3 +28,24 @@ def emit(as_json: bool, content: dict[str, Any]) -> None:
 def say(text: str) -> None:
     """Print one line as it is."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class StoppedAtOnce(BaseException):
+    """A second signal. Not a KeyboardInterrupt, of which typer makes an exit status of its own."""
+
+
+def stop_on_signals() -> Callable[[], bool]:
+    """Return a question that turns true at the first SIGINT or SIGTERM; a second one ends the process at once."""
+    asked: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if asked:
+            raise StoppedAtOnce
+        asked.append(number)
+        console.print(
+            "stopping once this block is committed; once more to stop at once (the block is then lost)", soft_wrap=True
+        )
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    return lambda: bool(asked)

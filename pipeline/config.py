@@ -178,6 +178,11 @@ class RunConfig(Section):
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file and apply `key.path=value` overrides; raises ConfigError with all problems at once."""
+    return parse_config(read_settings(path, overrides), str(path))
+
+
+def read_settings(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a YAML file of sections, with overrides, as plain data; raises ConfigError."""
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
@@ -188,7 +193,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path} holds {type(raw).__name__}; a configuration is a mapping of sections")
     for override in overrides:
         _apply(raw, override)
-    return parse_config(raw, str(path))
+    return raw
 
 
 def parse_config(raw: dict[str, Any], origin: str) -> RunConfig:
@@ -201,7 +206,7 @@ def validated(kind: type[AnySection], raw: dict[str, Any], origin: str) -> AnySe
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        problems = [line for details in error.errors() for line in _describe(details)]
+        problems = [line for details in error.errors() for line in _describe(kind, details)]
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError("\n".join([f"{origin}: {count}", *(f"  {p}" for p in problems)])) from None
 
@@ -240,11 +245,11 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from None
 
 
-def _describe(details: ErrorDetails) -> list[str]:
+def _describe(kind: type[BaseModel], details: ErrorDetails) -> list[str]:
     """Say one pydantic error in our words, with its key path."""
     path = ".".join(str(part) for part in details["loc"]) or "(top level)"
     if details["type"] == "extra_forbidden":
-        return [f"{path}: unknown key{_nearest(details['loc'])}"]
+        return [f"{path}: unknown key{_nearest(kind, details['loc'])}"]
     message = details["msg"].removeprefix("Value error, ")
     if details["type"] == "value_error":
         return [f"{path}: {line}" for line in message.splitlines()]
@@ -253,9 +258,9 @@ def _describe(details: ErrorDetails) -> list[str]:
     return [f"{path}: {message} (got {details['input']!r})"]
 
 
-def _nearest(location: tuple[int | str, ...]) -> str:
-    """Suggest a known key for an unknown one at `location`, where its section is one of ours."""
-    section: Any = RunConfig
+def _nearest(kind: type[BaseModel], location: tuple[int | str, ...]) -> str:
+    """Suggest a known key for an unknown one at `location` of a section, where its own section is one of ours."""
+    section: Any = kind
     for part in location[:-1]:
         inside = isinstance(section, type) and issubclass(section, BaseModel) and part in section.model_fields
         section = section.model_fields[str(part)].annotation if inside else None

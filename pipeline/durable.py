@@ -45,14 +45,15 @@ def atomic_file(path: Path, num_bytes: int) -> Iterator[Callable[[memoryview], N
         with disk():
             os.fsync(fd)
             os.replace(temporary, path)
-            _fsync_directory(path.parent)
+            fsync_directory(path.parent)
     finally:
         os.close(fd)
         with suppress(OSError):  # gone after the rename; and no clean-up may hide the first error
             temporary.unlink()
 
 
-def _fsync_directory(directory: Path) -> None:
+def fsync_directory(directory: Path) -> None:
+    """Make names in a directory durable."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

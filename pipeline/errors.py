@@ -16,6 +16,11 @@
     ├── SubmissionError         a Ray cluster's job server refuses, or knows no such job
     │   └── ClusterUnreachable  it does not answer
     ├── VerificationError       the written model is not what the ledger says
+    ├── WatchError              a release cannot go on its way from source to publication
+    │   ├── HubError            the hub cannot be reached, or refuses; it may answer later
+    │   ├── ReleaseChanged      a release is no longer what it was when it was found
+    │   ├── GateFailed          a pruned model is not good enough to be published
+    │   └── StateError          the watcher's state is of another version, or damaged
     └── RunStopped              a signal asked for a stop; the run can go on from its last commit
 
 Every class takes one string, so every class pickles: errors cross process boundaries unchanged.
@@ -88,6 +93,26 @@ class ClusterUnreachable(SubmissionError):
 
 class VerificationError(SecateurError):
     """The written model is not what the ledger and the source say it must be."""
+
+
+class WatchError(SecateurError):
+    """A release cannot go on its way from source to publication."""
+
+
+class HubError(WatchError):
+    """The hub cannot be reached, or refuses; it may answer later."""
+
+
+class ReleaseChanged(WatchError):
+    """A release is no longer what it was when it was found."""
+
+
+class GateFailed(WatchError):
+    """A pruned model is not good enough to be published; the message names every check that failed."""
+
+
+class StateError(WatchError):
+    """The watcher's state file is of another version, or damaged."""
 
 
 class RunStopped(SecateurError):

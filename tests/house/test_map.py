@@ -8,6 +8,7 @@ import pytest
 from typer.main import get_command
 
 from cluster.cli import app
+from cluster.watch.config import WatchConfig, load_watch_config
 from pipeline.config import RunConfig, load_config
 
 ROOT = Path(__file__).parents[2]
@@ -100,7 +101,10 @@ def test_there_are_configs_to_start_from() -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=str)
 def test_a_config_loads(path: Path) -> None:
-    assert isinstance(load_config(ROOT / path), RunConfig)
+    if path.parent.name == "watch":
+        assert isinstance(load_watch_config(ROOT / path), WatchConfig)
+    else:
+        assert isinstance(load_config(ROOT / path), RunConfig)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=str)

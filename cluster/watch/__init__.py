@@ -1,0 +1,1 @@
+"""New releases, found on a schedule, become pruned releases: judged, pruned, gated, published once."""

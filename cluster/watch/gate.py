@@ -1,0 +1,101 @@
+"""Whether a pruned model is good enough to be published: every check is made, and all that fail are named."""
+
+import json
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from cluster.watch.config import GateConfig, TasksConfig
+from cluster.watch.tasks import evaluate_tasks
+from pipeline.checkpoint import Checkpoint
+from pipeline.config import RunConfig
+from pipeline.errors import GateFailed
+from pipeline.meter import human_bytes
+from pipeline.progress import Silent
+from pipeline.report import REPORT
+from pipeline.verify import verify
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    value: str
+    limit: str
+    """What was asked of it; empty where it is told and nothing was asked."""
+
+    ok: bool
+
+
+def pass_gate(gate: GateConfig, run: RunConfig) -> dict[str, Any]:
+    """Check a finished run; return its report's figures and all checks as plain data.
+
+    Raises GateFailed where a check fails, VerificationError where the files are not what the ledger says.
+    """
+    assert run.model.path is not None
+    report = json.loads((run.output / "report" / REPORT).read_bytes())
+    checks = [_sparsity(gate, run, report), *_perplexity(gate, report)]
+    if gate.verify:
+        checks.append(_verified(run.output, run.model.path))
+    if gate.lm_eval is not None and all(check.ok for check in checks):  # it takes long
+        checks += _tasks(gate.lm_eval, run)
+    failed = [f"{check.name} is {check.value}, asked was {check.limit}" for check in checks if not check.ok]
+    if failed:
+        raise GateFailed(f"the pruned model failed {len(failed)} of {len(checks)} checks: {'; '.join(failed)}")
+    kept = ("sparsity", "achieved_sparsity", "pruned_weights", "prunable_weights", "perplexity_before",
+            "perplexity_after", "mean_error", "seconds", "guidance")  # fmt: skip
+    return {"report": {name: report[name] for name in kept}, "checks": [asdict(check) for check in checks]}
+
+
+def _sparsity(gate: GateConfig, run: RunConfig, report: Mapping[str, Any]) -> Check:
+    asked, found = float(run.prune.target.fraction), report["achieved_sparsity"]
+    return Check(
+        name="sparsity", value=f"{found:.4%}", limit=f"{asked:.4%} within {gate.sparsity_tolerance:.4%}",
+        ok=abs(found - asked) <= gate.sparsity_tolerance,
+    )  # fmt: skip
+
+
+def _perplexity(gate: GateConfig, report: Mapping[str, Any]) -> Iterator[Check]:
+    before, after = report["perplexity_before"], report["perplexity_after"]
+    if gate.perplexity_ratio is not None:
+        ratio = after / before
+        limit = f"at most {gate.perplexity_ratio:g}"
+        yield Check(name="perplexity ratio", value=f"{ratio:.4f}", limit=limit, ok=ratio <= gate.perplexity_ratio)
+    if gate.max_perplexity is not None:
+        limit = f"at most {gate.max_perplexity:g}"
+        yield Check(name="perplexity", value=f"{after:.4f}", limit=limit, ok=after <= gate.max_perplexity)
+
+
+def _verified(run_directory: Path, source: Path) -> Check:
+    found = verify(run_directory, source, Silent())
+    with closing(Checkpoint.open(run_directory / "model")) as checkpoint:
+        size = human_bytes(checkpoint.total_bytes())
+    value = f"{found.tensors} tensors ({size}) compared, {found.identical_tensors} identical to the source"
+    return Check(name="verify", value=value, limit="", ok=True)
+
+
+def _tasks(config: TasksConfig, run: RunConfig) -> Iterator[Check]:
+    """Evaluate tasks, each model in a process of its own, which gives its memory back."""
+    assert run.model.path is not None
+    after = _in_own_process(run.output / "model", config, run.compute.device)
+    needs_dense = any(task.max_drop is not None for task in config.tasks.values())
+    before = _in_own_process(run.model.path, config, run.compute.device) if needs_dense else {}
+    for name, task in config.tasks.items():
+        value, title = after[name], f"{name} {task.metric}"
+        if task.min is None and task.max_drop is None:
+            yield Check(name=title, value=f"{value:.4f}", limit="", ok=True)
+        if task.min is not None:
+            yield Check(name=title, value=f"{value:.4f}", limit=f"at least {task.min:g}", ok=value >= task.min)
+        if task.max_drop is not None:
+            limit = f"at least {before[name]:.4f} (dense) less {task.max_drop:g}"
+            yield Check(name=title, value=f"{value:.4f}", limit=limit, ok=value >= before[name] - task.max_drop)
+
+
+def _in_own_process(model: Path, config: TasksConfig, device: str) -> dict[str, float]:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(evaluate_tasks, model, config, device).result()

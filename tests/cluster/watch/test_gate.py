@@ -1,0 +1,71 @@
+"""The gate: every check of a finished run, and all that failed named at once."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.watch.config import GateConfig
+from cluster.watch.gate import pass_gate
+from pipeline.config import RunConfig, parse_config
+from pipeline.errors import GateFailed, VerificationError
+from tests.integration.support import carry_out, job
+
+
+@pytest.fixture(scope="module")
+def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    settings = job(tiny, tmp_path_factory.mktemp("gate") / "run", recipe=["magnitude"])
+    carry_out(settings)
+    return settings
+
+
+@pytest.fixture
+def run(finished: dict[str, Any], tmp_path: Path) -> RunConfig:
+    """A finished run, which may be damaged."""
+    shutil.copytree(finished["output"], tmp_path / "run")
+    return parse_config({**finished, "output": str(tmp_path / "run")}, "the test")
+
+
+def report(run: RunConfig, **changes: Any) -> None:
+    path = run.output / "report" / "report.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def gate(**sections: Any) -> GateConfig:
+    return GateConfig.model_validate(sections)
+
+
+def test_a_good_run_passes_with_its_figures(run: RunConfig) -> None:
+    results = pass_gate(gate(perplexity_ratio=3, max_perplexity=1000), run)
+    assert [check["name"] for check in results["checks"]] == ["sparsity", "perplexity ratio", "perplexity", "verify"]
+    assert all(check["ok"] for check in results["checks"])
+    assert results["checks"][0]["value"] == "50.0000%"
+    assert results["report"]["pruned_weights"] == 11_520
+    assert json.loads(json.dumps(results)) == results
+
+
+def test_all_checks_that_fail_are_named_with_figures(run: RunConfig) -> None:
+    report(run, perplexity_before=10.0, perplexity_after=25.0, achieved_sparsity=0.45)
+    with pytest.raises(GateFailed) as failed:
+        pass_gate(gate(perplexity_ratio=2, max_perplexity=20), run)
+    assert failed.value.message == (
+        "the pruned model failed 3 of 4 checks: sparsity is 45.0000%, asked was 50.0000% within 0.1000%; "
+        "perplexity ratio is 2.5000, asked was at most 2; perplexity is 25.0000, asked was at most 20"
+    )
+
+
+def test_a_limit_that_is_just_met_is_met(run: RunConfig) -> None:
+    report(run, perplexity_before=10.0, perplexity_after=20.0)
+    pass_gate(gate(perplexity_ratio=2, max_perplexity=20), run)
+
+
+def test_a_byte_that_was_changed_is_found_unless_nobody_looks(run: RunConfig) -> None:
+    shard = sorted((run.output / "model").glob("*.safetensors"))[1]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(VerificationError, match="is not what its ledger says"):
+        pass_gate(gate(), run)
+    pass_gate(gate(verify=False), run)
