@@ -10,8 +10,6 @@ import typer
 from cluster.cli_jobs import jobs
 from cluster.cli_shared import (
     EXIT_ERROR,
-    EXIT_REFUSED,
-    EXIT_STOPPED,
     Json,
     Override,
     StoppedAtOnce,
@@ -21,6 +19,7 @@ from cluster.cli_shared import (
 )
 from cluster.cli_watch import watching
 from cluster.console import show_plan, show_report, show_table, shown_progress
+from cluster.jobs import EXIT_REFUSED, EXIT_STOPPED
 from cluster.run import run_anywhere
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import ComputeConfig, EvaluateConfig, load_config, validated

@@ -10,10 +10,10 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli_shared import EXIT_ERROR, EXIT_STOPPED, Json, Override, emit, say
+from cluster.cli_shared import EXIT_ERROR, Json, Override, emit, say
 from cluster.credentials import ray_token
 from cluster.follow import follow
-from cluster.jobs import JobFacts, JobServer, find
+from cluster.jobs import EXIT_STOPPED, JobFacts, JobServer, find
 from cluster.submit import Wishes, explain
 from cluster.submit import stop as stop_job
 from cluster.submit import submit as submit_run

@@ -10,8 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-EXIT_ERROR, EXIT_REFUSED, EXIT_STOPPED = 1, 3, 75
-"""75 (EX_TEMPFAIL): stopped as asked; the same command goes on."""
+EXIT_ERROR = 1
 
 console = Console(stderr=True)
 

@@ -7,7 +7,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from cluster.cli_shared import EXIT_STOPPED, Json, StoppedAtOnce, console, emit, stop_on_signals
+from cluster.cli_jobs import connect
+from cluster.cli_shared import Json, StoppedAtOnce, console, emit, stop_on_signals
+from cluster.jobs import EXIT_STOPPED
 from cluster.run import run_anywhere
 
 
@@ -40,7 +42,7 @@ def watch_run(
     from cluster.watch.command import watch
 
     try:
-        watch(config, console, run_anywhere, stop_on_signals(), once=once)
+        watch(config, console, run_anywhere, connect, stop_on_signals(), once=once)
     except StoppedAtOnce:
         console.print("interrupted; the same command goes on from here", soft_wrap=True)
         os._exit(EXIT_STOPPED)  # an ordinary exit would wait for the threads at work

@@ -13,8 +13,9 @@ from pipeline.errors import SubmissionError
 Status = Literal["pending", "running", "stopped", "succeeded", "failed"]
 
 OVER: frozenset[Status] = frozenset({"stopped", "succeeded", "failed"})
-EXIT_STOPPED = 75
-"""EX_TEMPFAIL, the exit status of a run that stopped as asked: submitting it again goes on."""
+EXIT_REFUSED, EXIT_STOPPED = 3, 75
+"""Exit statuses of a run whose memory ceilings do not suffice, and of one that stopped as asked (EX_TEMPFAIL): the same
+command goes on."""
 
 VERSION, OUTPUT, GRACE, PYTHON = "secateur", "secateur_output", "secateur_grace", "secateur_python"
 """Names in a job's metadata: our version, the run directory, seconds to a stop that is firm, the interpreter."""

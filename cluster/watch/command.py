@@ -1,6 +1,7 @@
 """What `secateur watch` does and shows: a watcher set up from its file, and a table of all releases."""
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,20 +11,35 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cluster.watch.config import load_watch_config
+from cluster.jobs import JobServer
+from cluster.submit import Wishes
+from cluster.watch.config import SubmitConfig, load_watch_config
 from cluster.watch.hub import new_api
 from cluster.watch.lifecycle import Release
 from cluster.watch.notices import address_of
 from cluster.watch.pruning import InOwnProcess, RunHere
 from cluster.watch.rows import Attempt
 from cluster.watch.state import State
+from cluster.watch.submitted import AsJob
 from pipeline.errors import ConfigError
 from pipeline.meter import human_bytes, human_seconds
 from pipeline.progress import StopAsked
 
 
-def watch(path: Path, console: Console, run: RunHere, stop_asked: StopAsked, *, once: bool) -> None:
-    """Watch as a file says, once or until asked to stop; `run` prunes, in a process of its own."""
+def watch(
+    path: Path,
+    console: Console,
+    run: RunHere,
+    connect: Callable[[str], JobServer],
+    stop_asked: StopAsked,
+    *,
+    once: bool,
+) -> None:
+    """Watch as a file says, once or until asked to stop.
+
+    `run` prunes, in a process of its own; where the file has a `submit` section, jobs at the server that `connect`
+    returns for its address do.
+    """
     from cluster.watch.watcher import Watcher  # needs APScheduler and jinja2, which only watching does
 
     config = load_watch_config(path)
@@ -34,11 +50,20 @@ def watch(path: Path, console: Console, run: RunHere, stop_asked: StopAsked, *, 
     def say(text: str) -> None:
         console.print(f"{time.strftime('%H:%M:%S')} {text}", markup=False, highlight=False, soft_wrap=True)
 
-    watcher = Watcher(config, InOwnProcess(run), new_api(), say, stop_asked)
+    pruner = InOwnProcess(run) if config.submit is None else as_job(config.submit, connect, say)
+    watcher = Watcher(config, pruner, new_api(), say, stop_asked)
     if once:
         watcher.once()
     else:
         watcher.keep_on()
+
+
+def as_job(submit: SubmitConfig, connect: Callable[[str], JobServer], say: Callable[[str], None]) -> AsJob:
+    """Return what hands releases to the cluster of a `submit` section."""
+    wishes = Wishes(
+        grace=submit.grace, cpus=submit.cpus, gpus=submit.gpus, python=submit.python, install=submit.install
+    )
+    return AsJob(connect(submit.address), wishes, say)
 
 
 def status(path: Path, console: Console) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, loaded lazily
 from pydantic import BeforeValidator, ByteSize, Field, field_validator, model_validator
 
+from cluster.watch.gate_config import GateConfig
 from cluster.watch.lifecycle import RetryPolicy
 from cluster.watch.state import Limits
 from pipeline.config import RunConfig, Section, absolute, read_settings, resolved, validated
@@ -109,48 +110,6 @@ class ScheduleConfig(Section):
         return self
 
 
-class TaskConfig(Section):
-    """One task of lm-eval, and what the pruned model must reach in it."""
-
-    metric: str = "acc"
-    min: float | None = None
-    """The least value."""
-
-    max_drop: float | None = Field(default=None, ge=0)
-    """The most that may be lost against the dense model, which is then evaluated too."""
-
-
-class TasksConfig(Section):
-    """Tasks of lm-eval (`pip install 'secateur[tasks]'`). They hold the whole model in memory."""
-
-    directory: Path | None = None
-    """Where task files of your own are."""
-
-    limit: int | None = Field(default=None, ge=1)
-    """Examples a task; all when absent."""
-
-    batch: int = Field(default=1, ge=1)
-    tasks: dict[str, TaskConfig] = Field(min_length=1)
-
-
-class GateConfig(Section):
-    """What a pruned model must be before it is published."""
-
-    perplexity_ratio: float | None = Field(default=None, ge=1)
-    """The most that perplexity may grow, after by before; needs `job.evaluate`."""
-
-    max_perplexity: float | None = Field(default=None, gt=1)
-    """The most that it may be; needs `job.evaluate`."""
-
-    sparsity_tolerance: float = Field(default=0.001, ge=0)
-    """How far the fraction removed may be from the one asked for."""
-
-    verify: bool = True
-    """Hold every tensor on disk against its source and the ledger."""
-
-    lm_eval: TasksConfig | None = None
-
-
 class PublishConfig(Section):
     """Where good models go: exactly one of a directory and a repository.
 
@@ -187,6 +146,26 @@ class LimitsConfig(Section):
     jobs: int = Field(default=1, ge=1)
     disk: Size | None = None
     """What downloads and outputs under `work` may take."""
+
+
+class SubmitConfig(Section):
+    """The Ray cluster that prunes releases, as jobs; `work` must be in a file system that it shares."""
+
+    address: str
+    """URL of its job server, such as http://head:8265. Tokens are found as `secateur submit` finds them."""
+
+    cpus: float | None = Field(default=None, ge=0)
+    gpus: float | None = Field(default=None, ge=0)
+    """Resources of a job's first process: 1 GPU for a job without a `cluster` section."""
+
+    python: str = "python"
+    """The interpreter on the cluster."""
+
+    install: bool = False
+    """Whether the cluster is to install what a job needs."""
+
+    grace: Duration = 3600.0
+    """From `secateur stop` to being killed."""
 
 
 class RetryConfig(Section):
@@ -230,6 +209,9 @@ class WatchConfig(Section):
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     job: dict[str, Any]
     publish: PublishConfig
+    submit: SubmitConfig | None = None
+    """Where releases are pruned; a process of its own on this machine when absent."""
+
     filters: FilterConfig = FilterConfig()
     schedule: ScheduleConfig | None = None
     """Needed unless the command is given --once."""

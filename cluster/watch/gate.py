@@ -9,7 +9,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from cluster.watch.config import GateConfig, TasksConfig
+from cluster.watch.gate_config import GateConfig, TasksConfig
 from cluster.watch.tasks import evaluate_tasks
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import RunConfig

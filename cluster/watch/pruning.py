@@ -1,6 +1,6 @@
 """How a release is pruned: as a process of its own, so that one that dies of its model takes nothing with it.
 
-The watcher knows just the protocol; a cluster's job queue can stand behind it as well.
+The watcher knows just the protocol `Pruner`; behind it there may be a cluster as well (`submitted.py`).
 """
 
 import os

@@ -134,8 +134,8 @@ class Worker:
         directory = self._planned_directory(found)
         run = self._config.run_config(directory, self.directory_of(found) / "run")
         self._require_room(found)
-        if run.cluster is not None:
-            return ""  # its workers plan for themselves
+        if run.cluster is not None or self._config.submit is not None:
+            return ""  # whoever prunes it plans for themselves
         plan = make_plan(counted(run, directory), directory, None)
         shutil.rmtree(self.directory_of(found) / "shell", ignore_errors=True)
         if plan.refused and not run.memory.is_managed:

@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from cluster.watch.config import TasksConfig
+from cluster.watch.gate_config import TasksConfig
 from pipeline.devices import choose_device
 from pipeline.errors import ConfigError, NumericsError
 

@@ -15,7 +15,7 @@ from pipeline.ledger import LEDGER_NAME, Ledger, RunLock
 from tests.integration.clusters import COMPUTE, NUM_BLOCKS, six_blocks, spread
 from tests.integration.processes import PATIENCE
 from tests.integration.ray_heads import Head, bare_environment, environment_with_wheel, ray_head
-from tests.integration.support import RecipeEntries, carry_out, job, outcome, run_command
+from tests.integration.support import RecipeEntries, carry_out, digests, job, outcome, run_command
 
 SLOW: RecipeEntries = ({"besa": {"epochs": 24}},)
 """A block takes long enough for a command to come between."""
@@ -169,6 +169,34 @@ def test_a_job_is_ended_in_the_middle_of_a_block(
     assert f"{name} is over already: stopped" in capsys.readouterr().err
     with RunLock(tmp_path / "there"):  # nobody works there any more
         assert Ledger.read(tmp_path / "there").commits == {}
+
+
+def test_a_release_is_pruned_by_one_job_though_its_watcher_is_killed(
+    client: str, head: Head, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], address: str,
+) -> None:  # fmt: skip
+    settings = settings_of(source, tmp_path / "here", SLOW)
+    watch = {
+        "state": str(tmp_path / "state.db"), "work": str(tmp_path / "work"), "settle": 0,
+        "submit": {"address": address}, "sources": [{"directory": str(source.parent)}], "publish": {"directory": str(tmp_path / "published")},
+        "job": {key: value for key, value in settings.items() if key not in ("model", "output")},
+    }  # fmt: skip
+    config = configuration(watch, tmp_path)
+    num_before, environment = len(jobs_of(address, monkeypatch, capsys)), environment_of(head)
+    with subprocess.Popen([client, "watch", str(config), "--once"], cwd=tmp_path, env=environment) as process:
+        while not (runs := list((tmp_path / "work").glob("*/run"))):
+            assert process.poll() is None
+            time.sleep(0.05)
+        wait_until_pruning(runs[0], 1)
+        process.kill()
+    assert run_command(["watch", config, "--once"], monkeypatch) == 0
+    said = capsys.readouterr().err
+    assert "submitted" not in said
+    assert f"published: {tmp_path / 'published'}" in said
+    assert len(jobs_of(address, monkeypatch, capsys)) == num_before + 1
+    carry_out(settings)
+    (published,) = (tmp_path / "published").glob("source/*")
+    assert digests(published).items() >= digests(tmp_path / "here" / "model").items()
 
 
 def test_a_job_that_fails_gives_its_exit_status_and_its_reason(

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from cluster.watch.config import GateConfig
 from cluster.watch.gate import pass_gate
+from cluster.watch.gate_config import GateConfig
 from pipeline.config import RunConfig, parse_config
 from pipeline.errors import GateFailed, VerificationError
 from tests.integration.support import carry_out, job

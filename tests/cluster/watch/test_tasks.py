@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.watch.config import GateConfig, TasksConfig
 from cluster.watch.gate import pass_gate
+from cluster.watch.gate_config import GateConfig, TasksConfig
 from cluster.watch.tasks import evaluate_tasks, value_of
 from pipeline.config import parse_config
 from pipeline.errors import ConfigError, GateFailed, NumericsError
