@@ -177,10 +177,14 @@ def test_a_release_is_pruned_by_one_job_though_its_watcher_is_killed(
 ) -> None:  # fmt: skip
     settings = settings_of(source, tmp_path / "here", SLOW)
     watch = {
-        "state": str(tmp_path / "state.db"), "work": str(tmp_path / "work"), "settle": 0,
-        "submit": {"address": address}, "sources": [{"directory": str(source.parent)}], "publish": {"directory": str(tmp_path / "published")},
+        "state": str(tmp_path / "state.db"),
+        "work": str(tmp_path / "work"),
+        "settle": 0,
+        "sources": [{"directory": str(source.parent)}],
+        "submit": {"address": address},
+        "publish": {"directory": str(tmp_path / "published")},
         "job": {key: value for key, value in settings.items() if key not in ("model", "output")},
-    }  # fmt: skip
+    }
     config = configuration(watch, tmp_path)
     num_before, environment = len(jobs_of(address, monkeypatch, capsys)), environment_of(head)
     with subprocess.Popen([client, "watch", str(config), "--once"], cwd=tmp_path, env=environment) as process:
