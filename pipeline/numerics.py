@@ -12,6 +12,8 @@ def all_finite(tensor: torch.Tensor) -> bool:
     """Tell whether no entry is NaN or Inf, without a temporary of the tensor's size."""
     if tensor.numel() == 0:
         return True
+    if tensor.ndim == 2 and tensor.mT.is_contiguous():
+        tensor = tensor.mT  # a factor of LAPACK lies column by column, and `aminmax` copies what is not contiguous
     low, high = tensor.aminmax()  # NaN propagates into both
     return bool(low.isfinite() & high.isfinite())
 

@@ -39,3 +39,22 @@ def with_damping_enough(
         f"{damping:g} to {DAMPING_LIMIT:g} of its mean diagonal {diagonal_D.mean().item():.3g}; use more calibration "
         "tokens, or a method without a factorisation (wanda, besa)"
     )
+
+
+def factor_in_place(matrix_DD: torch.Tensor, added: float) -> torch.Tensor | None:
+    """Turn a symmetric matrix, with `added` on its diagonal, into its lower factor; None where there is none.
+
+    Nothing of its size is made beside it; where there is no factor, the matrix is lost too.
+    """
+    matrix_DD.diagonal().add_(added)
+    by_columns_DD = matrix_DD.mT  # itself, being symmetric, but laid out as LAPACK wants it: nothing is copied
+    failed = torch.empty((), dtype=torch.int32, device=matrix_DD.device)
+    torch.linalg.cholesky_ex(by_columns_DD, out=(by_columns_DD, failed))
+    return None if failed else by_columns_DD
+
+
+def solve_factored(lower_DD: torch.Tensor, right_DN: torch.Tensor) -> torch.Tensor:
+    """Return (L L^T)^-1 times some columns, without a copy of L (`cholesky_solve` makes one)."""
+    half_DN = torch.linalg.solve_triangular(lower_DD, right_DN, upper=False)
+    whole_DN: torch.Tensor = torch.linalg.solve_triangular(lower_DD.mT, half_DN, upper=True)
+    return whole_DN

@@ -18,8 +18,8 @@ FLOORS = {
     1: "pipeline: allocation methods shards statistics",
     2: "pipeline: calibration checkpoint config hub ledger paging recipe sharing shelf sources",
     3: "pipeline: activations linears order skeleton",
-    4: "pipeline: assemble block_writer inputs memory outliers planning prune_block sampler self_calibration stage "
-    "stream survey transaction weights workbench",
+    4: "pipeline: assemble block_writer importance inputs memory outliers planning prune_block sampler "
+    "self_calibration stage stream survey transaction weights workbench",
     5: "pipeline: allocate demo_model doctor evaluate job report run verify",
     6: "cluster: cli_shared console credentials job_shape jobs messages package topology",
     7: "cluster: cost_model depot expectation failures follow forecast replicas schedule shelves state submit trace "

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pipeline.errors import NumericsError
-from pipeline.methods.factorise import rising, with_damping_enough
+from pipeline.methods.factorise import factor_in_place, rising, solve_factored, with_damping_enough
+from tests.correlated import normal
 
 DIAGONAL = torch.full((8,), 3.0)
 
@@ -46,3 +47,19 @@ def test_where_nothing_suffices_the_numbers_and_the_ways_out_are_named() -> None
     )
     with pytest.raises(NumericsError, match=message):
         with_damping_enough(lambda damping: None, 0.01, DIAGONAL)
+
+
+def test_a_factor_takes_the_place_of_its_matrix_and_solves_with_it() -> None:
+    x_TD, right_DN = normal(40, 9).double(), normal(9, 4, seed=1).double()
+    matrix_DD = x_TD.T @ x_TD
+    expected_DN = torch.linalg.solve(matrix_DD + 0.5 * torch.eye(9, dtype=torch.float64), right_DN)
+    address = matrix_DD.data_ptr()
+    lower_DD = factor_in_place(matrix_DD, 0.5)
+    assert lower_DD is not None
+    assert lower_DD.data_ptr() == address
+    assert torch.equal(lower_DD, lower_DD.tril())
+    assert torch.allclose(solve_factored(lower_DD, right_DN), expected_DN, rtol=1e-10, atol=1e-10)
+
+
+def test_a_matrix_that_is_not_positive_definite_has_no_factor() -> None:
+    assert factor_in_place(torch.tensor([[1.0, 2.0], [2.0, 1.0]]), 0.5) is None
