@@ -1,5 +1,5 @@
 # make demo    a pruned real model in some minutes: venv, install, fetch, prune, evaluate, verify
-# make test    the whole suite, as CI runs it
+# make test    the whole suite, as CI runs it; JOBS=4 runs files of it four at a time
 # make test-long    what takes minutes: the demo model under every memory setting, and while workers are killed
 # make check   format, lint, types
 # make bench   ratios of speed and memory; needs a quiet machine
@@ -8,6 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL := models/smollm2-135m
 RUN := runs/demo
+JOBS := 2
 
 .PHONY: demo test test-long check bench demo-model clean
 
@@ -16,7 +17,7 @@ demo: $(MODEL)/config.json
 	$(BIN)/secateur verify $(RUN) --source $(MODEL)
 
 test: $(BIN)/secateur
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 test-long: $(MODEL)/config.json
 	$(BIN)/python -m pytest -m long
