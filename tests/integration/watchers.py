@@ -33,6 +33,7 @@ def _use_hub(address: str, cache: str) -> None:
     constants.ENDPOINT = address
     constants.HUGGINGFACE_CO_URL_TEMPLATE = address + "/{repo_id}/resolve/{revision}/{filename}"
     constants.HF_HUB_CACHE, constants.HF_HUB_DISABLE_XET, constants.HF_HUB_DOWNLOAD_TIMEOUT = cache, True, 1
+    constants.HF_HUB_OFFLINE = False
     quick: Any = SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / 100), time=time.time)
     huggingface_hub.utils._http.time = quick
     huggingface_hub.file_download.time = quick
