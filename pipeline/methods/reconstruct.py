@@ -5,10 +5,12 @@ gradient of the block's reconstruction error together. Sources: Guo et al., "EBF
 block; Shin et al., "Rethinking Pruning Large Language Models" (2406.15524), which shows what it can cost: the error on
 the calibration text falls faster than that on other text. So some sequences are held out, the error on them is
 measured after every pass, and the weights that did best there are the ones that stay: those that came in, if need be.
+
+With `gradual` it begins with the dense block, and weights go little by little while the others learn (`gradual.py`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import cos, inf, pi
 from typing import ClassVar
@@ -18,6 +20,7 @@ from pydantic import Field
 
 from pipeline.errors import NumericsError
 from pipeline.lazy_weights import Maker
+from pipeline.methods.gradual import GradualMask
 from pipeline.methods.step import (
     BlockStep,
     BlockView,
@@ -30,8 +33,9 @@ from pipeline.methods.step import (
     loss_scale,
     num_weights,
 )
-from pipeline.sparsity import Sparsity
-from pipeline.statistics import Statistic, relative_error
+from pipeline.methods.wanda import input_norms
+from pipeline.sparsity import SemiStructured, Sparsity, selection_bytes
+from pipeline.statistics import ColumnSquares, Statistic, relative_error
 from pipeline.stream_names import StreamName
 
 LEARNING_BYTES = 16
@@ -62,6 +66,10 @@ class Reconstruct(BlockStep):
     norms: bool = False
     """Whether norms and biases are tuned as well."""
 
+    gradual: bool = False
+    """Whether the mask that comes in just says how many weights go of every row (or group): which, is chosen in stages
+    over the first half of all updates. Pays where much goes: 2:4, and beyond 60%."""
+
     held_out: float = Field(default=0.125, ge=0, lt=1)
     """Part of the sequences that is not learnt from; 0: no check, and the last pass stays."""
 
@@ -70,12 +78,13 @@ class Reconstruct(BlockStep):
 
     @property
     def statistics(self) -> tuple[type[Statistic], ...]:
-        """None: it sees the block's outputs themselves."""
-        return ()
+        """None, for it sees the block's outputs themselves; to choose the mask, input norms."""
+        return (ColumnSquares,) if self.gradual else ()
 
     def working_bytes(self, shapes: Shapes, groups: Sequence[Sequence[str]], dtype: torch.dtype) -> int:
         """What learning takes, the best values so far, and one linear's weight as it runs with its gradient."""
-        return (LEARNING_BYTES + dtype.itemsize) * num_weights(shapes) + (2 * dtype.itemsize + 4) * largest(shapes)
+        learnt = (LEARNING_BYTES + dtype.itemsize) * num_weights(shapes) + (2 * dtype.itemsize + 4) * largest(shapes)
+        return learnt + (num_weights(shapes) + selection_bytes(largest(shapes)) if self.gradual else 0)
 
     def prune(self, block: BlockView, sparsity: Sparsity, report: Report) -> PrunedBlock:
         """Return the block with the values that did best on the sequences held out."""
@@ -83,29 +92,52 @@ class Reconstruct(BlockStep):
         num_updates = block.num_mini_batches(self.batch)
         num_held_out = min(max(round(self.held_out * num_updates), self.held_out > 0), num_updates - 1)
         learnt, held_out = range(num_updates - num_held_out), range(num_updates - num_held_out, num_updates)
-        optimizer = torch.optim.Adam(tuned.parameter_groups(self.rate), fused=True)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: (1 + cos(pi * step / (self.epochs * len(learnt)))) / 2
-        )
         first = self._error(block, tuned, held_out) if held_out else inf
-        best, best_epoch, best_values = first, 0, tuned.values()
+        best, best_epoch, best_keep, best_values = first, 0, tuned.keep, tuned.values()
+        mask, update = self._begin_again(block, tuned, sparsity, self.epochs * len(learnt)), 0
+        if mask is not None:
+            tuned = replace(tuned, keep=mask.keep)
+        optimizer, schedule = self._optimizer(tuned, self.epochs * len(learnt))
         for epoch, order in enumerate(self._orders(len(learnt)), start=1):
             errors = torch.zeros(1, dtype=torch.float64, device=tuned.device)
             for mini_batch in block.mini_batches(self.batch, order):
+                if mask is not None:
+                    mask.follow(tuned.weights, update)
                 optimizer.zero_grad()
                 errors += self._accumulate(block, tuned, mini_batch)
                 block.sum(tuned.gradients())
                 optimizer.step()
                 schedule.step()
+                update += 1
             block.sum([errors])
             learning = errors.item() / len(learnt)
             error = self._error(block, tuned, held_out) if held_out else learning
             report({"epoch": epoch, "error": learning, **({"held_out": error} if held_out else {})})
-            if error < best or not held_out:
-                best, best_epoch = error, epoch
+            if (mask is None or mask.is_settled) and (error < best or not held_out):
+                best, best_epoch, best_keep = error, epoch, tuned.keep
                 tuned.copy_to(best_values)
-        notes = {"epochs": float(best_epoch), "error_after": best}
-        return tuned.result(best_values, {**notes, "error_before": first} if held_out else notes)
+        notes = {"epochs": float(best_epoch), "error_after": best, **({"error_before": first} if held_out else {})}
+        return replace(tuned, keep=best_keep).result(best_values, notes)
+
+    def _begin_again(
+        self, block: BlockView, tuned: "Tuned", sparsity: Sparsity, num_updates: int
+    ) -> GradualMask | None:
+        """Have the dense block's weights tuned under a mask that is still to come; None where it came in and stays."""
+        if not self.gradual:
+            return None
+        norms = {name: input_norms(block.statistic(name, ColumnSquares)) for name in tuned.weights}
+        for name, weight_OD in tuned.weights.items():
+            weight_OD.detach().copy_(block.weights[name])
+        group = sparsity.group if isinstance(sparsity, SemiStructured) else None
+        return GradualMask(tuned.keep, norms, group, num_updates)
+
+    def _optimizer(
+        self, tuned: "Tuned", num_updates: int
+    ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        """Return Adam, and what lets its steps fall to 0 along a cosine."""
+        optimizer = torch.optim.Adam(tuned.parameter_groups(self.rate), fused=True)
+        part = partial(_cosine, num_updates=num_updates)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, part)
 
     def _orders(self, num_updates: int) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed)
@@ -192,14 +224,18 @@ class Tuned:
 
     @torch.no_grad()
     def values(self) -> list[torch.Tensor]:
-        """Return a copy of all values, in the block's dtype."""
-        return [p.to(self.dtype, copy=True) for p in self.parameters()]
+        """Return a copy of all values, in the block's dtype; zero where pruned."""
+        return [make() for make in self._copies()]
 
     @torch.no_grad()
     def copy_to(self, values: Sequence[torch.Tensor]) -> None:
         """Put all values, in the block's dtype, where others were."""
-        for value, parameter in zip(values, self.parameters(), strict=True):
-            value.copy_(parameter)
+        for value, make in zip(values, self._copies(), strict=True):
+            value.copy_(make())
+
+    def _copies(self) -> list[Maker]:
+        others = [partial(torch.Tensor.to, p, self.dtype, copy=True) for p in self.others.values()]
+        return [*self.makers().values(), *others]
 
     def result(self, values: Sequence[torch.Tensor], notes: Mapping[str, float]) -> PrunedBlock:
         """Return the block with these values."""
@@ -209,6 +245,11 @@ class Tuned:
             for name in self.weights
         }
         return PrunedBlock(linears=linears, others={name: by_name[name] for name in self.others})
+
+
+def _cosine(update: int, num_updates: int) -> float:
+    """Return the part of the first step size at an update: 1 at the beginning, 0 after the last."""
+    return (1 + cos(pi * update / num_updates)) / 2
 
 
 def _masked(weight_OD: torch.Tensor, keep_OD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

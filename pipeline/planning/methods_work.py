@@ -6,6 +6,7 @@ from pipeline.methods.admm import Admm
 from pipeline.methods.alps import Alps
 from pipeline.methods.besa import Besa
 from pipeline.methods.dsnot import Dsnot
+from pipeline.methods.gradual import NUM_STAGES
 from pipeline.methods.least_squares import FittingStep
 from pipeline.methods.reconstruct import Reconstruct
 from pipeline.methods.sparsegpt import SparseGPT
@@ -107,8 +108,10 @@ def _besa(work: Workload, step: Step) -> Pruning:
 def _reconstruct(work: Workload, step: Step) -> Pruning:
     """Replicas sum the gradients of all weights in every update."""
     assert isinstance(step, Reconstruct)
+    num_choices = NUM_STAGES if step.gradual else 0
     return Pruning(
         shared=_learning(work, step, LEARNING_STEP_TRAFFIC),
+        repeated=Count(memory=num_choices * SELECTION_TRAFFIC * work.num_weights),
         gradient_bytes=4 * work.num_weights,
         num_updates=_num_updates(work, step),
     )

@@ -33,6 +33,7 @@ class Case:
 
 
 TUNED = {"reconstruct": {"norms": True, "epochs": 2, "target": "pruned"}}
+GRADUAL = {"reconstruct": {"gradual": True, "held_out": 0, "epochs": 2}}
 
 CASES = {
     "magnitude": Case(recipe=["magnitude"], unit="matrix"),
@@ -60,6 +61,8 @@ CASES = {
     "magnitude, reconstruct": Case(recipe=["magnitude", TUNED], unit="matrix", rewrites=True),
     "admm, reconstruct 2:4": Case(recipe=["admm", TUNED], sparsity="2:4", unit="group", rewrites=True),
     "besa, reconstruct": Case(recipe=["besa", {"reconstruct": {"held_out": 0}}], unit="block", rewrites=True),
+    "besa, reconstruct gradually": Case(recipe=["besa", GRADUAL], unit="block", rewrites=True),
+    "wanda, reconstruct gradually 2:4": Case(recipe=["wanda", GRADUAL], sparsity="2:4", unit="group", rewrites=True),
     "sparsegpt, dsnot": Case(recipe=["sparsegpt", "dsnot"], unit="matrix", rewrites=True),
 }
 

@@ -27,6 +27,7 @@ from pipeline.heap import give_back_freed_memory
 from pipeline.lazy_weights import made_on_demand
 from pipeline.methods import METHODS
 from pipeline.methods.besa import Besa
+from pipeline.methods.reconstruct import Reconstruct
 from pipeline.methods.quantisation import Quantize
 from pipeline.methods.step import BlockStep, LinearView, MiniBatch, PrunedLinear
 from pipeline.sparsity import SemiStructured, Unstructured
@@ -94,6 +95,7 @@ warm, chain = Chain(64), Chain(int(sys.argv[1]))
 shapes, measured = {name: tuple(weight.shape) for name, weight in chain.weights.items()}, {}
 steps = {name: method(**SHORT.get(name, {})) for name, method in METHODS.items()}
 steps |= {"besa on grids": Besa(quantize=Quantize()), "besa in a mix": Besa(mix=True)}
+steps["reconstruct gradually"] = Reconstruct(gradual=True, epochs=2)
 for name, step in steps.items():
     with torch.set_grad_enabled(isinstance(step, BlockStep)):
         prune(step, warm)
@@ -126,7 +128,7 @@ def measured() -> dict[str, list[int]]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the high-water mark is the Linux kernel's")
-@pytest.mark.parametrize("name", [*METHODS, "besa on grids"])
+@pytest.mark.parametrize("name", [*METHODS, "besa on grids", "reconstruct gradually"])
 def test_a_method_holds_what_it_says(name: str) -> None:
     peak, predicted = measured()[name]
     assert 0.6 * predicted <= peak <= 1.15 * predicted
