@@ -116,10 +116,13 @@ def verify(
     """Re-read a pruned model from disk and hold it against its source and its ledger."""
     with shown_progress(console) as progress:
         found = verify_run(run_directory, source, progress)
+    gone = found.source_parameters - found.parameters
     console.print(
         f"verified: {found.tensors} tensors; {found.identical_tensors} identical to the source byte for byte; "
         f"{found.pruned_tensors} pruned, {found.pruned_weights:,} of {found.prunable_weights:,} weights "
-        f"({found.pruned_weights / found.prunable_weights:.4%}); {human_bytes(found.bytes_read)} compared",
+        f"({found.pruned_weights / max(1, found.prunable_weights):.4%}); "
+        + (f"{gone:,} of {found.source_parameters:,} parameters are gone; " if gone else "")
+        + f"{human_bytes(found.bytes_read)} compared",
         highlight=False,
     )
     emit(as_json, found.as_json())

@@ -132,7 +132,7 @@ def show_report(console: Console, report: Report, run_directory: str, source: st
     for name, value in _report_rows(report):
         table.add_row(name, value)
     console.print(table)
-    for line in guidance(report.sparsity):
+    for line in guidance(report):
         console.print(f"  - {line}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"Model: {run_directory}/model", markup=False, highlight=False, soft_wrap=True)
     console.print(
@@ -145,10 +145,8 @@ def show_report(console: Console, report: Report, run_directory: str, source: st
 
 def _report_rows(report: Report) -> list[tuple[str, str]]:
     rows = [
-        (
-            "sparsity",
-            f"{report.achieved:.4%} of {report.prunable_weights:,} weights (asked: {report.sparsity})",
-        ),
+        *_smaller_rows(report),
+        *_sparsity_row(report),
         *_blocks_row(report),
         ("mean block error", f"{report.mean_error:.4f} (relative, of each pruned block's output)"),
     ]
@@ -162,6 +160,24 @@ def _report_rows(report: Report) -> list[tuple[str, str]]:
         *_planned_rows(report),
     ]
     return rows + [(name.replace("_", " "), f"{value:.4g}") for name, value in report.notes.items()]
+
+
+def _smaller_rows(report: Report) -> list[tuple[str, str]]:
+    """Say what is gone for good, where something is."""
+    smaller = report.smaller
+    if smaller is None:
+        return []
+    before = smaller.blocks["parameters_before"]
+    return [
+        ("blocks", f"{smaller.num_blocks} of {smaller.blocks['of']} are left (asked: {smaller.asked:.2%} less)"),
+        ("parameters", f"{smaller.parameters:,} of {before:,}, {human_bytes(smaller.num_bytes)}"),
+    ]
+
+
+def _sparsity_row(report: Report) -> list[tuple[str, str]]:
+    """Say what was masked, where something was to be."""
+    masked = f"{report.achieved:.4%} of {report.prunable_weights:,} weights (asked: {report.sparsity})"
+    return [("sparsity", masked)] if report.prunable_weights else []
 
 
 def _blocks_row(report: Report) -> list[tuple[str, str]]:

@@ -85,13 +85,16 @@ def shape_of_job(
         boundary_bytes=work.boundary_bytes,
         num_boundaries=recipe.num_boundaries,
         needs_dense_stream=recipe.needs_dense_stream,
-        replicated=sum(_replicated_seconds(pruning, gpu) for pruning in prunings) / prune,
-        gradient_bytes=max(pruning.gradient_bytes for pruning in prunings),
+        replicated=sum(_replicated_seconds(pruning, gpu) for pruning in prunings) / prune if prune else 0.0,
+        gradient_bytes=max((pruning.gradient_bytes for pruning in prunings), default=0),
         num_updates=sum(pruning.num_updates for pruning in prunings),
         working_bytes=gathered
         + max(
-            made_bytes(recipe, i, work.num_weights, work.dtype_bytes) + _step_bytes(work, step)
-            for i, step in enumerate(recipe.steps)
+            (
+                made_bytes(recipe, i, work.num_weights, work.dtype_bytes) + _step_bytes(work, step)
+                for i, step in enumerate(recipe.steps)
+            ),
+            default=0,
         ),
         activation_bytes=_activation_bytes(work),
     )

@@ -164,6 +164,7 @@ def briefs_of(source: Source, allocation: Allocation, topology: Topology) -> Cal
                 allocation=allocation,
                 handoff=topology.handoff,
                 source=fingerprint,
+                shape=None if source.chosen is None else source.chosen.shape,
                 block_bytes=block_bytes,
                 stage=stage,
                 replica=replica,

@@ -27,10 +27,12 @@ from pipeline.inputs import embed_tokens, pass_dense_stream, run_dense_blocks
 from pipeline.job import model_directory_of, order_of
 from pipeline.memory import Memory, fitted_memory
 from pipeline.meter import Stopwatch
+from pipeline.narrower import narrowed
 from pipeline.paging.spool import spool_directory, worker_spool
 from pipeline.peers import Peers
 from pipeline.progress import Silent
 from pipeline.records import Commit
+from pipeline.shape import Shape
 from pipeline.shelf import Shelf
 from pipeline.skeleton import Skeleton
 from pipeline.stage import run_stage
@@ -57,6 +59,9 @@ class Brief:
 
     block_bytes: tuple[int, ...]
     """Weights of each block, as stored."""
+
+    shape: Shape | None = None
+    """Which blocks of that model are left, where some are dropped; stages count those alone."""
 
     stage: int
     replica: int
@@ -115,6 +120,8 @@ class Worker:
             device = choose_device(self._config.compute.device)
             dtype = choose_dtype(self._config.compute.dtype, device, checkpoint.matrix_dtype())
             skeleton = Skeleton(checkpoint, device, dtype)
+            if self._brief.shape is not None:
+                skeleton = narrowed(skeleton, self._brief.shape)
             book = EventBook(assignment, peers, device, self._report, deliver, acknowledged)
             spool = worker_spool(
                 spool_directory(self._config.memory.spool, self._config.output), self._brief.stage, self._brief.replica

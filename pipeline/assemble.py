@@ -6,11 +6,12 @@ crash never leaves something that looks whole.
 
 import json
 from functools import partial
+from math import prod
 from pathlib import Path
 
 from pydantic import JsonValue
 
-from pipeline.checkpoint import write_index
+from pipeline.checkpoint import CONFIG_NAME, write_index
 from pipeline.durable import write_atomically
 from pipeline.ledger import Ledger
 from pipeline.shard_names import outside_shard
@@ -29,12 +30,15 @@ def assemble(skeleton: Skeleton, ledger: Ledger, directory: Path, provenance: di
     for path in skeleton.checkpoint.side_files():
         target = directory / path.relative_to(skeleton.checkpoint.directory)
         target.parent.mkdir(exist_ok=True)
-        write_atomically(target, path.read_bytes())
-    write_atomically(directory / PROVENANCE, json.dumps(provenance, indent=2, sort_keys=True).encode() + b"\n")
+        is_config = path.name == CONFIG_NAME
+        write_atomically(target, skeleton.checkpoint.config_bytes() if is_config else path.read_bytes())
     files = [outside_shard(skeleton.num_blocks), *(ledger.commits[i].file for i in sorted(ledger.commits))]
     entries = {file: read_header(directory / file) for file in files}
     weight_map = {name: file for file, header in entries.items() for name in header}
-    total = sum(entry.num_bytes for header in entries.values() for entry in header.values())
+    tensors = [entry for header in entries.values() for entry in header.values()]
+    total = sum(entry.num_bytes for entry in tensors)
+    provenance = {**provenance, "parameters": sum(prod(entry.shape) for entry in tensors), "bytes": total}
+    write_atomically(directory / PROVENANCE, json.dumps(provenance, indent=2, sort_keys=True).encode() + b"\n")
     write_index(directory, weight_map, total)
 
 

@@ -15,9 +15,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from math import prod
 from pathlib import Path
 
 import torch
+from pydantic import JsonValue
+from transformers import AutoConfig, PretrainedConfig
 
 from pipeline.durable import write_atomically
 from pipeline.errors import CheckpointError, UnsupportedCheckpoint
@@ -26,6 +29,7 @@ from pipeline.shards import ShardReader, TensorEntry, hash_file, header_bytes, r
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
 
 MAX_OPEN_SHARDS = 4
 """Each open shard keeps a descriptor and a staging buffer; blocks rarely straddle more than two shards."""
@@ -122,6 +126,10 @@ class Checkpoint:
         """The size of all tensors as stored."""
         return sum(entry.num_bytes for entry in self.tensors.values())
 
+    def numel(self) -> int:
+        """The numbers in all tensors."""
+        return sum(prod(entry.shape) for entry in self.tensors.values())
+
     def matrix_dtype(self) -> torch.dtype:
         """The dtype of the first matrix: what the model's weights are stored in."""
         return next((entry.dtype for entry in self.tensors.values() if len(entry.shape) == 2), torch.float32)
@@ -138,6 +146,33 @@ class Checkpoint:
             header = header_bytes(path)
             digest.update(f"{file} {path.stat().st_size} ".encode() + header)
         return digest.hexdigest()
+
+    def settings(self) -> dict[str, JsonValue]:
+        """What config.json says; raises CheckpointError where that is not JSON."""
+        path = self.directory / CONFIG_NAME
+        try:
+            settings: dict[str, JsonValue] = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path} is not JSON ({error}): fetch it again") from error
+        return settings
+
+    def config_bytes(self) -> bytes:
+        """The config.json of an output: the source's own, to the byte."""
+        return (self.directory / CONFIG_NAME).read_bytes()
+
+    def model_config(self) -> PretrainedConfig:
+        """The same, as transformers reads it: a new one at every call.
+
+        Raises UnsupportedCheckpoint where transformers does not know the model.
+        """
+        try:
+            config: PretrainedConfig = AutoConfig.from_pretrained(self.directory, trust_remote_code=False)
+        except (ValueError, KeyError, OSError) as error:
+            raise UnsupportedCheckpoint(
+                f"transformers does not know the model in {self.directory}: {str(error).splitlines()[0]} Custom code "
+                "is never run; use a model type that this version of transformers has"
+            ) from None
+        return config
 
     def side_files(self) -> list[Path]:
         """Config, tokenizer, chat templates and licence, sorted: never weights, code or an index."""

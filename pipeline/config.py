@@ -75,7 +75,7 @@ class PruneConfig(Section):
     """How much to prune, and how."""
 
     sparsity: float | str = 0.5
-    """Fraction of block weights removed, or KEPT:GROUP such as 2:4."""
+    """Fraction of block weights removed, or KEPT:GROUP such as 2:4; of blocks, where the recipe only drops those."""
 
     allocation: AllocationConfig = AllocationConfig()
     """How it is spread over the blocks: `uniform`, or `owl: {options}`."""
@@ -105,7 +105,11 @@ class PruneConfig(Section):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        parse_recipe(self.recipe, self.target, self.within_block)
+        recipe = parse_recipe(self.recipe, self.target, self.within_block)
+        if not recipe.steps and self.allocation.needs_survey:
+            raise ValueError("allocation spreads what is masked over the blocks, and this recipe masks nothing")
+        if not recipe.steps and self.skip:
+            raise ValueError("skip names linears that are not masked, and this recipe masks nothing; leave it out")
         return self
 
     @property

@@ -17,6 +17,7 @@ from pipeline.allocation import Allocation
 from pipeline.assemble import assemble
 from pipeline.calibration import CalibrationSet, load_calibration, require_positions
 from pipeline.checkpoint import Checkpoint
+from pipeline.choose_shape import Chosen, choose_shape
 from pipeline.config import RunConfig, resolved
 from pipeline.devices import choose_device, choose_dtype, empty_cache
 from pipeline.durable import remove_leftovers, write_atomically
@@ -25,12 +26,13 @@ from pipeline.evaluate import evaluate, load_windows
 from pipeline.hub import fetch_model
 from pipeline.ledger import Ledger
 from pipeline.memory import Memory
+from pipeline.narrower import narrowed
 from pipeline.order import Order
 from pipeline.planning.comparison import Measured, compare
 from pipeline.planning.plan import Plan
 from pipeline.progress import Progress, StopAsked
 from pipeline.records import Header
-from pipeline.report import REPORT, Report, build_report
+from pipeline.report import REPORT, Report, Smaller, build_report
 from pipeline.self_calibration import self_calibration
 from pipeline.skeleton import Skeleton
 from pipeline.sources import WrittenByModel, describe
@@ -50,6 +52,10 @@ class Source:
     calibration: CalibrationSet
     device_type: str
     """What the blocks run on: `cpu`, `cuda`, …; on a cluster that of the workers, not of this process."""
+
+    chosen: Chosen | None = None
+    """How the model is made smaller, where the recipe asks for that: checkpoint and skeleton are then of what is left,
+    and blocks go by their numbers there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,8 +101,9 @@ def open_source(
 ) -> Iterator[Source]:
     """Open the model and load the calibration tokens; blocks run here, or on workers with devices of this type.
 
-    Where the model is to write its calibration text, it does so here, once, into the run directory, whose lock the
-    caller holds. Raises RunStopped where a stop is asked for meanwhile, and BudgetExceeded where it does not fit.
+    Where the model is to write its calibration text, or blocks are to be dropped, that is settled here, once, in the
+    run directory, whose lock the caller holds. Raises RunStopped where a stop is asked for meanwhile, and
+    BudgetExceeded where it does not fit.
     """
     directory = model_directory_of(config)
     if config.compute.threads is not None:
@@ -112,9 +119,19 @@ def open_source(
             calibration = self_calibration(config, skeleton, progress, stop_asked)
         else:
             calibration = load_calibration(config.calibration, directory, skeleton.vocab_size)
+        chosen: Chosen | None = None
+        if config.prune.steps.shape is not None:
+            depends_on: dict[str, JsonValue] = {
+                "source": checkpoint.fingerprint(),
+                "calibration": calibration.sha256,
+                "compute": _compute(config, device_type, dtype),
+            }
+            chosen = choose_shape(config, skeleton, calibration.tokens_NT, depends_on, progress, stop_asked)
+            skeleton = narrowed(skeleton, chosen.shape)
         yield Source(
-            config=config, checkpoint=checkpoint, skeleton=skeleton, calibration=calibration, device_type=device_type
-        )
+            config=config, checkpoint=skeleton.checkpoint, skeleton=skeleton, calibration=calibration,
+            device_type=device_type, chosen=chosen,
+        )  # fmt: skip
 
 
 def open_job(
@@ -154,9 +171,24 @@ def finish(job: Job) -> Report:
         seconds=time.perf_counter() - job.began if job.is_whole else None,
     )
     comparison = {} if job.plan is None else compare(job.plan, measured)
-    report = build_report(job.ledger, job.skeleton.num_blocks, meter, job.memory.traffic, comparison)
+    report = build_report(job.ledger, job.skeleton.num_blocks, meter, job.memory.traffic, comparison, _smaller(job))
     write_report(job, REPORT, json.dumps(report.as_json(), indent=2).encode() + b"\n")
     return report
+
+
+def _smaller(job: Job) -> Smaller | None:
+    """What a finished model has lost for good, counted from its files; None where nothing was to go."""
+    chosen = job.source.chosen
+    if chosen is None:
+        return None
+    with closing(Checkpoint.open(job.model_directory)) as output:
+        return Smaller(
+            asked=float(job.config.prune.steps.part_removed(job.config.prune.target)),
+            blocks=chosen.as_data(),
+            num_blocks=job.skeleton.num_blocks,
+            parameters=output.numel(),
+            num_bytes=output.total_bytes(),
+        )
 
 
 def write_report(job: Job, name: str, content: bytes) -> None:
@@ -194,14 +226,10 @@ def header_of(source: Source, scheme: Scheme) -> Header:
         "skip": list(config.prune.skip),
         **({"allocation": allocation.model_dump(mode="json")} if allocation.needs_survey else {}),
     }
-    compute: dict[str, JsonValue] = {
-        "device": source.device_type,
-        "dtype": str(skeleton.dtype).removeprefix("torch."),
-        "batch": config.compute.batch,
-        **({} if config.compute.threads is None else {"threads": config.compute.threads}),
-    }
+    shape: Scheme = {} if source.chosen is None else {"shape": source.chosen.shape.as_data()}
+    compute = _compute(config, source.device_type, skeleton.dtype)
     return Header(
-        config={"prune": prune, "compute": compute, **scheme},
+        config={"prune": prune, "compute": compute, **shape, **scheme},
         source=skeleton.checkpoint.fingerprint(),
         calibration=source.calibration.sha256,
         versions={
@@ -209,6 +237,16 @@ def header_of(source: Source, scheme: Scheme) -> Header:
             **{name: version(name) for name in ("secateur", "torch", "transformers")},
         },
     )
+
+
+def _compute(config: RunConfig, device_type: str, dtype: torch.dtype) -> dict[str, JsonValue]:
+    """What rounding depends on."""
+    return {
+        "device": device_type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "batch": config.compute.batch,
+        **({} if config.compute.threads is None else {"threads": config.compute.threads}),
+    }
 
 
 def provenance(job: Job) -> dict[str, JsonValue]:
@@ -223,6 +261,7 @@ def provenance(job: Job) -> dict[str, JsonValue]:
         "source_sha256": job.ledger.header.source,
         "pruned_weights": sum(record.pruned for record in linears),
         "prunable_weights": sum(record.numel for record in linears),
+        **({} if job.source.chosen is None else {"blocks": job.source.chosen.as_data()}),
     }
 
 

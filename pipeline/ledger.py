@@ -33,6 +33,7 @@ from pipeline.records import Commit, Header, canonical
 LEDGER_NAME = "ledger.jsonl"
 LOCK_NAME = "lock"
 TOKENS_NAME = "calibration.safetensors"  # what the model has written to be calibrated on, before there is a ledger
+SHAPE_NAME = "shape.json"  # which blocks stay, chosen before there is a ledger
 _LEFTOVER_DIRECTORIES = {"model", "spool", "report"}  # a run that died early may leave them, empty
 _ABSENT = "(absent)"
 
@@ -235,7 +236,7 @@ def _is_leftover(path: Path) -> bool:
         return path.name in _LEFTOVER_DIRECTORIES and all(file.suffix == ".tmp" for file in path.iterdir())
     return (
         path.suffix == ".tmp"
-        or path.name == TOKENS_NAME
+        or path.name in (TOKENS_NAME, SHAPE_NAME)
         or (path.name == LOCK_NAME and path.read_bytes()[:8] in (b"", b"process "))
     )
 

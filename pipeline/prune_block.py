@@ -35,6 +35,8 @@ def apply_recipe(
         else:
             linear_steps = [step for step in steps if isinstance(step, LinearStep)]
             _LinearSteps(linear_steps, coming, sparsity, bench).run(recipe.within_block, batch)
+    if not recipe.steps:  # blocks that stay whole
+        return PrunedBlock(linears={})
     kept_rows = [kept_in_rows(linear.keep_OD) for linear in bench.so_far.values()]
     bench.peers.agree(torch.cat(kept_rows), "how many weights each row keeps")
     return PrunedBlock(linears=bench.so_far, others=bench.tuned)

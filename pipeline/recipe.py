@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from fractions import Fraction
 from typing import Any, Literal
 
 from pydantic import JsonValue, ValidationError
 
 from pipeline.methods import METHODS
 from pipeline.methods.step import BlockStep, LinearStep, Step
+from pipeline.methods.structured.shape_step import ShapeStep
 from pipeline.sparsity import Sparsity
 from pipeline.statistics import Statistic
 
@@ -21,6 +23,10 @@ class Recipe:
     """Steps with their options, checked against each other."""
 
     steps: tuple[Step, ...]
+    """Those that mask and mend weights, block by block; none where blocks only go."""
+
+    shape: ShapeStep | None = None
+    """What makes the model smaller before that, if anything."""
 
     within_block: WithinBlock = "joint"
 
@@ -49,9 +55,16 @@ class Recipe:
         """How many boundaries are held: the pruned stream, and where asked targets and the dense stream."""
         return 1 + self.needs_targets + self.needs_dense_stream
 
+    def part_removed(self, target: Sparsity) -> Fraction:
+        """Return the part of all blocks' parameters that is to go for good; target: what the run is asked for."""
+        if self.shape is None:
+            return Fraction(0)
+        return target.fraction if self.shape.ratio is None else Fraction(repr(self.shape.ratio))
+
     def as_data(self) -> list[JsonValue]:
         """Return every step with all its options, defaults filled in, as plain data."""
-        return [{_name(step): step.model_dump(mode="json")} for step in self.steps]
+        everything = self.steps if self.shape is None else (self.shape, *self.steps)
+        return [{_name(step): step.model_dump(mode="json")} for step in everything]
 
 
 def parse_recipe(
@@ -77,7 +90,8 @@ def parse_recipe(
             )
     if problems:
         raise ValueError("\n".join(problems))
-    return Recipe(steps=tuple(steps), within_block=within_block)
+    shape = steps[0] if isinstance(steps[0], ShapeStep) else None
+    return Recipe(steps=tuple(steps if shape is None else steps[1:]), shape=shape, within_block=within_block)
 
 
 def _parse_step(entry: str | dict[str, Any]) -> Step:
@@ -97,25 +111,54 @@ def _parse_step(entry: str | dict[str, Any]) -> Step:
 
 
 def _disagreements(steps: Sequence[Step], sparsity: Sparsity | None) -> list[str]:
-    problems = []
+    problems = _shape_disagreements(steps, sparsity)
     if not steps:
         problems.append("a recipe needs at least one step")
+    first = 1 if steps and isinstance(steps[0], ShapeStep) else 0
     for position, step in enumerate(steps):
         name = _name(step)
-        if position == 0 and step.needs_mask:
+        if isinstance(step, ShapeStep):
+            continue
+        if position == first and step.needs_mask:
             problems.append(f"[{position}] {name} refines a mask; put a step that chooses one before it, such as wanda")
-        if position > 0 and not step.accepts_mask:
+        if position > first and not step.accepts_mask:
             problems.append(
-                f"[{position}] {name} chooses a mask of its own, but {_name(steps[0])} has chosen one before "
+                f"[{position}] {name} chooses a mask of its own, but {_name(steps[first])} has chosen one before "
                 "it; put it first, or leave one of them out"
             )
-        if position > 0 and steps[position - 1].quantises:
+        if position > first and steps[position - 1].quantises:
             problems.append(
                 f"[{position}] {name} would take weights off the grids that {_name(steps[position - 1])} has put them "
                 "on; quantize in the last step only"
             )
-        if position == 0 and sparsity is not None and (reason := step.refusal(sparsity)) is not None:
+        if position == first and sparsity is not None and (reason := step.refusal(sparsity)) is not None:
             problems.append(f"[{position}] {reason}")
+    return problems
+
+
+def _shape_disagreements(steps: Sequence[Step], sparsity: Sparsity | None) -> list[str]:
+    """What is wrong with a step that removes blocks: it comes first, once, and one setting says how much it takes."""
+    shapes = [(position, step) for position, step in enumerate(steps) if isinstance(step, ShapeStep)]
+    problems = [
+        f"[{position}] {_name(step)} removes blocks before anything is pruned; put it first, and only one such step"
+        for position, step in shapes
+        if position > 0
+    ]
+    if not shapes or problems:
+        return problems
+    shape, is_alone = shapes[0][1], len(steps) == 1
+    if is_alone and shape.ratio is not None:
+        problems.append(
+            f"[0] {_name(shape)}.ratio is for recipes with further steps; alone, the part that goes is prune.sparsity: "
+            f"leave the ratio out and set prune.sparsity to {shape.ratio:g}"
+        )
+    if not is_alone and shape.ratio is None:
+        problems.append(
+            f"[0] {_name(shape)}.ratio is missing: with further steps, prune.sparsity is what they mask of the blocks "
+            "that stay; give the part of the blocks' parameters that goes, such as 0.1"
+        )
+    if is_alone and sparsity is not None and (reason := shape.refusal(sparsity)) is not None:
+        problems.append(f"[0] {reason}")
     return problems
 
 

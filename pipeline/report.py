@@ -4,12 +4,32 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pydantic import JsonValue
+
 from pipeline.ledger import Ledger
 from pipeline.memory import Traffic
 from pipeline.meter import PeakMeter
 from pipeline.records import Commit, LinearRecord
 
 REPORT = "report.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Smaller:
+    """What a model has lost for good, counted from its files."""
+
+    asked: float
+    """Part of the blocks' parameters that was to go."""
+
+    blocks: dict[str, JsonValue]
+    """Which blocks went and why, by their numbers in the dense model, and how large that is."""
+
+    num_blocks: int
+    """That are left."""
+
+    parameters: int
+    num_bytes: int
+    """Of all tensors that are left."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +44,7 @@ class Report:
     """Weights of all linears that were to be pruned."""
 
     block_sparsity: list[float]
-    """Fraction of each block's prunable weights removed."""
+    """Fraction of each block's prunable weights masked; 0 where none were to be."""
 
     mean_error: float
     """Mean over blocks of the relative error of the pruned block's output."""
@@ -58,18 +78,26 @@ class Report:
     linears: dict[str, dict[str, float]]
     """All that they noted (swaps, errors, damping), by block and linear: `3.mlp.up_proj`."""
 
+    smaller: Smaller | None = None
+    """What the model has lost for good; None where zeros take the place of what was pruned."""
+
     @property
     def achieved(self) -> float:
-        """Fraction of prunable weights removed."""
-        return self.pruned_weights / self.prunable_weights
+        """Fraction of prunable weights masked, of those that are left."""
+        return self.pruned_weights / self.prunable_weights if self.prunable_weights else 0.0
 
     def as_json(self) -> dict[str, Any]:
         """Return plain data for report.json."""
-        return {**asdict(self), "achieved_sparsity": self.achieved, "guidance": guidance(self.sparsity)}
+        return {**asdict(self), "achieved_sparsity": self.achieved, "guidance": guidance(self)}
 
 
 def build_report(
-    ledger: Ledger, num_blocks: int, meter: PeakMeter, traffic: Traffic, planned: dict[str, dict[str, float]]
+    ledger: Ledger,
+    num_blocks: int,
+    meter: PeakMeter,
+    traffic: Traffic,
+    planned: dict[str, dict[str, float]],
+    smaller: Smaller | None = None,
 ) -> Report:
     """Gather the figures of a run whose blocks are all committed."""
     commits = [ledger.commits[index] for index in range(num_blocks)]
@@ -104,11 +132,25 @@ def build_report(
             for name, record in commit.linears.items()
             if record.notes
         },
+        smaller=smaller,
     )
 
 
-def guidance(sparsity: str) -> list[str]:
-    """Say honestly what this pattern does to size and speed."""
+def guidance(report: Report) -> list[str]:
+    """Say honestly what was done to size and speed."""
+    return ([] if report.smaller is None else _of_smaller(report.smaller)) + (
+        _of_zeros(report.sparsity) if report.prunable_weights else []
+    )
+
+
+def _of_smaller(smaller: Smaller) -> list[str]:
+    return [
+        f"The model is really smaller: {smaller.num_blocks} of {smaller.blocks['of']} blocks are left. It loads in "
+        "stock transformers, and takes less memory and time on any hardware, about in proportion to its blocks."
+    ]
+
+
+def _of_zeros(sparsity: str) -> list[str]:
     common = "The files are as large as before: zeros are stored, so that every runtime loads the model."
     if ":" not in sparsity:
         return [
@@ -134,7 +176,7 @@ def _asked(ledger: Ledger) -> str:
 
 def _removed(commit: Commit) -> float:
     records = commit.linears.values()
-    return sum(record.pruned for record in records) / sum(record.numel for record in records)
+    return sum(record.pruned for record in records) / max(1, sum(record.numel for record in records))
 
 
 def _perplexity(ledger: Ledger, when: str) -> float | None:

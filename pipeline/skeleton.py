@@ -7,13 +7,12 @@ transformers' own conversion table, in both directions.
 
 from collections.abc import Iterable, Mapping
 from math import prod
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -44,7 +43,7 @@ class Skeleton:
         self.device = device
         self.dtype = dtype
         self._dropped_bytes = 0
-        self.model = build_empty(checkpoint.directory, dtype)
+        self.model = build_empty(checkpoint.model_config(), dtype, str(checkpoint.directory))
         self.block_prefix, self.blocks = find_blocks(self.model)
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -177,18 +176,14 @@ class Skeleton:
             )
 
 
-def build_empty(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Return transformers' model for a directory's config.json, parameters on the meta device, buffers real."""
-    try:
-        config: Any = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
-        raise UnsupportedCheckpoint(
-            f"transformers does not know the model in {directory}: {str(error).splitlines()[0]} Custom code is "
-            "never run; use a model type that this version of transformers has"
-        ) from None
+def build_empty(config: PretrainedConfig, dtype: torch.dtype, origin: str) -> PreTrainedModel:
+    """Return transformers' model for a config, parameters on the meta device, buffers real.
+
+    Raises UnsupportedCheckpoint, naming `origin`, where the model is quantised or not a causal language model.
+    """
     if config.to_dict().get("quantization_config") is not None:
         raise UnsupportedCheckpoint(
-            f"{directory} is quantised (config.json has quantization_config); pruning needs the original "
+            f"{origin} is quantised (config.json has quantization_config); pruning needs the original "
             "float32, bfloat16 or float16 weights: use the checkpoint it was quantised from"
         )
     try:
@@ -196,7 +191,7 @@ def build_empty(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except ValueError as error:
         raise UnsupportedCheckpoint(
-            f"{directory} ({config.model_type}) is not a causal language model: {str(error).splitlines()[0]}"
+            f"{origin} ({config.model_type}) is not a causal language model: {str(error).splitlines()[0]}"
         ) from None
     model.eval()
     model.config.use_cache = False

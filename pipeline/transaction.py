@@ -180,7 +180,7 @@ class Transaction:
         watch = Stopwatch(self._skeleton.device)
         with self._phase(watch, index, "read"):
             block = self._weights.load(index)
-            linears = linears_to_prune(block, self._order.skip)
+            linears = linears_to_prune(block, self._order.skip) if self._order.recipe.steps else []
             check_divides(linears, block, self._order.allocation.of(index))
         collector = Collector(linears, self._order.recipe.statistics)
         return Begun(index=index, block=block, linears=linears, collector=collector, watch=watch)

@@ -21,10 +21,12 @@ from pipeline.errors import VerificationError
 from pipeline.ledger import Ledger
 from pipeline.linears import find_linears
 from pipeline.methods.step import Shapes, Step, num_weights
+from pipeline.narrower import narrowed
 from pipeline.numerics import all_finite
 from pipeline.progress import Progress
-from pipeline.recipe import parse_recipe
+from pipeline.recipe import Recipe, parse_recipe
 from pipeline.records import Commit, LinearRecord
+from pipeline.shape import Shape
 from pipeline.shards import hash_file
 from pipeline.skeleton import Skeleton
 from pipeline.sparsity import SemiStructured, Sparsity, holds, parse_sparsity
@@ -42,6 +44,10 @@ class Verification:
     pruned_weights: int
     prunable_weights: int
     bytes_read: int
+    parameters: int
+    """Counted from the files."""
+
+    source_parameters: int
 
     def as_json(self) -> dict[str, Any]:
         """Return plain data."""
@@ -58,8 +64,9 @@ def verify(run_directory: Path, source: Path, progress: Progress) -> Verificatio
             f"model to verify yet; go on with: secateur run {run_directory}"
         )
     with closing(Checkpoint.open(directory)) as output, closing(Checkpoint.open(source)) as original:
-        skeleton = Skeleton(original, torch.device("cpu"), torch.float32)
-        problems = _names_and_shapes(output, original)
+        dense = Skeleton(original, torch.device("cpu"), torch.float32)
+        skeleton = _left(dense, ledger)
+        problems = [*_names_and_shapes(output, skeleton.checkpoint), *_smaller(ledger, dense, skeleton, output)]
         if not problems:
             problems = [
                 *_hashes(ledger, directory),
@@ -80,8 +87,36 @@ def verify(run_directory: Path, source: Path, progress: Progress) -> Verificatio
             pruned_tensors=len(records),
             pruned_weights=sum(record.pruned for record in records),
             prunable_weights=sum(record.numel for record in records),
-            bytes_read=output.total_bytes() + original.total_bytes(),
+            bytes_read=output.total_bytes() + skeleton.checkpoint.total_bytes(),
+            parameters=output.numel(),
+            source_parameters=original.numel(),
         )
+
+
+def _left(dense: Skeleton, ledger: Ledger) -> Skeleton:
+    """Return the part of the source that the run has kept: all of it, or some of its blocks."""
+    shape = ledger.header.config.get("shape")
+    return dense if shape is None else narrowed(dense, Shape.from_data(shape))
+
+
+def _smaller(ledger: Ledger, dense: Skeleton, left: Skeleton, output: Checkpoint) -> Iterator[str]:
+    """Hold what is gone for good against what was asked, and the config against the blocks that are left."""
+    recipe, target, _ = _asked(ledger)
+    gone = dense.num_blocks - left.num_blocks
+    wanted = 0 if recipe.shape is None else recipe.shape.num_dropped(dense.num_blocks, recipe.part_removed(target))
+    if gone != wanted:
+        yield f"{gone} of {dense.num_blocks} blocks are gone, and {wanted} were to go"
+    if gone and output.settings() != left.checkpoint.settings():
+        yield "config.json is not the source's with the blocks taken out that are gone"
+
+
+def _asked(ledger: Ledger) -> tuple[Recipe, Sparsity, bool]:
+    """Return the recipe, what it was asked for, and whether that was spread by outliers."""
+    prune = ledger.header.config["prune"]
+    assert isinstance(prune, dict)
+    asked = parse_sparsity(prune["sparsity"])  # type: ignore[arg-type]  # validated before it was written
+    recipe = parse_recipe(prune["recipe"], None)  # type: ignore[arg-type]  # likewise
+    return recipe, asked, "allocation" in prune
 
 
 def _names_and_shapes(output: Checkpoint, original: Checkpoint) -> list[str]:
@@ -107,13 +142,12 @@ def _hashes(ledger: Ledger, directory: Path) -> Iterator[str]:
 
 def _whole(ledger: Ledger, skeleton: Skeleton) -> Iterator[str]:
     """Hold all that was pruned against the sparsity that was asked, however it was spread over the blocks."""
-    prune = ledger.header.config["prune"]
-    assert isinstance(prune, dict)
-    asked = parse_sparsity(prune["sparsity"])  # type: ignore[arg-type]  # validated before it was written
-    recipe = parse_recipe(prune["recipe"], None)  # type: ignore[arg-type]  # likewise
+    recipe, asked, by_outliers = _asked(ledger)
+    if not recipe.steps:
+        return
     blocks = [_shapes(skeleton.blocks[index], commit) for index, commit in ledger.commits.items()]
     num_pruned = sum(record.pruned for commit in ledger.commits.values() for record in commit.linears.values())
-    least, most = num_pruned_within(asked, recipe.steps[0], blocks, by_outliers="allocation" in prune)
+    least, most = num_pruned_within(asked, recipe.steps[0], blocks, by_outliers=by_outliers)
     if not least <= num_pruned <= most:
         yield (
             f"{num_pruned:,} of {sum(map(num_weights, blocks)):,} weights were pruned, by the ledger; "

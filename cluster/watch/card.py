@@ -14,9 +14,7 @@ _TEMPLATE = """\
 
 # {{ title }}
 
-{{ name | e }} with {{ "%.2f" | format(100 * report.achieved_sparsity) }}% of the weights in its blocks removed
-({{ "{:,}".format(report.pruned_weights) }} of {{ "{:,}".format(report.prunable_weights) }}; asked: \
-{{ report.sparsity | e }}), by [secateur]({{ homepage }}).
+{{ name | e }} with {{ removed | e }}, by [secateur]({{ homepage }}).
 
 | | |
 |---|---|
@@ -71,12 +69,30 @@ def write_card(found: Found, recipe: Mapping[str, Any], results: Mapping[str, An
         name=found.name,
         source=link if on_hub else found.name,
         revision=found.revision,
+        removed=_removed(results["report"]),
         homepage=_HOMEPAGE,
         recipe=", then ".join(_step(step) for step in recipe["prune"]["recipe"]),
         settings=yaml.safe_dump(dict(recipe), sort_keys=False),
         report=results["report"],
         checks=results["checks"],
     )
+
+
+def _removed(report: Mapping[str, Any]) -> str:
+    """Say what is gone for good, and what is masked of the rest."""
+    smaller, parts = report["smaller"], []
+    if smaller is not None:
+        blocks = smaller["blocks"]
+        parts.append(
+            f"{blocks['of'] - smaller['num_blocks']} of {blocks['of']} blocks removed ({smaller['parameters']:,} of "
+            f"{blocks['parameters_before']:,} parameters are left)"
+        )
+    if report["prunable_weights"]:
+        parts.append(
+            f"{report['achieved_sparsity']:.2%} of the weights in its blocks removed ({report['pruned_weights']:,} of "
+            f"{report['prunable_weights']:,}; asked: {report['sparsity']})"
+        )
+    return " and ".join(parts)
 
 
 def _step(step: Any) -> str:

@@ -39,7 +39,7 @@ def pass_gate(gate: GateConfig, run: RunConfig) -> dict[str, Any]:
     """
     assert run.model.path is not None
     report = json.loads((run.output / "report" / REPORT).read_bytes())
-    checks = [_sparsity(gate, run, report), *_perplexity(gate, report)]
+    checks = [*_blocks(report), *_sparsity(gate, run, report), *_perplexity(gate, report)]
     if gate.verify:
         checks.append(_verified(run.output, run.model.path))
     if gate.lm_eval is not None and all(check.ok for check in checks):  # it takes long
@@ -48,13 +48,29 @@ def pass_gate(gate: GateConfig, run: RunConfig) -> dict[str, Any]:
     if failed:
         raise GateFailed(f"the pruned model failed {len(failed)} of {len(checks)} checks: {'; '.join(failed)}")
     kept = ("sparsity", "achieved_sparsity", "pruned_weights", "prunable_weights", "perplexity_before",
-            "perplexity_after", "mean_error", "seconds", "guidance")  # fmt: skip
+            "perplexity_after", "mean_error", "seconds", "guidance", "smaller")  # fmt: skip
     return {"report": {name: report[name] for name in kept}, "checks": [asdict(check) for check in checks]}
 
 
-def _sparsity(gate: GateConfig, run: RunConfig, report: Mapping[str, Any]) -> Check:
+def _blocks(report: Mapping[str, Any]) -> Iterator[Check]:
+    """Where blocks are gone: whole ones, so that the last of what was asked may stay."""
+    smaller = report["smaller"]
+    if smaller is None:
+        return
+    num_blocks, asked = smaller["blocks"]["of"], smaller["asked"]
+    gone = num_blocks - smaller["num_blocks"]
+    yield Check(
+        name="blocks", value=f"{gone} of {num_blocks} gone", limit=f"{asked:.4%} of them, rounded down",
+        ok=0 <= asked * num_blocks - gone < 1,
+    )  # fmt: skip
+
+
+def _sparsity(gate: GateConfig, run: RunConfig, report: Mapping[str, Any]) -> Iterator[Check]:
+    """Where weights are masked."""
+    if not report["prunable_weights"]:
+        return
     asked, found = float(run.prune.target.fraction), report["achieved_sparsity"]
-    return Check(
+    yield Check(
         name="sparsity", value=f"{found:.4%}", limit=f"{asked:.4%} within {gate.sparsity_tolerance:.4%}",
         ok=abs(found - asked) <= gate.sparsity_tolerance,
     )  # fmt: skip

@@ -8,6 +8,7 @@ from pipeline.methods.magnitude import Magnitude
 from pipeline.methods.reconstruct import Reconstruct
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.methods.step import Step
+from pipeline.methods.structured.shape_step import ShortGpt, Sleb
 from pipeline.methods.wanda import Wanda
 
 METHODS: dict[str, type[Step]] = {
@@ -19,4 +20,6 @@ METHODS: dict[str, type[Step]] = {
     "admm": Admm,
     "alps": Alps,
     "dsnot": Dsnot,
+    "shortgpt": ShortGpt,
+    "sleb": Sleb,
 }

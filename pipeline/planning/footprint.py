@@ -2,6 +2,7 @@
 
     generate   the whole model, where it writes its calibration text; before all others
     embed      the embedding
+    choose     a block, or the head, where the blocks that go are chosen by the model's loss
     survey     the dense block, the input norms, the activations of a batch, and the scores of some rows
     read       a block's weights
     collect    the dense block, statistics, the activations of a batch
@@ -78,8 +79,10 @@ def footprint(scale: Scale, choice: Choice, baseline: int) -> tuple[Phase, ...]:
         third = _ahead(scale, choice) if choice.ahead > 1 else ()
         phases["fused"] = (*_fused(scale), *third, *throughout)
         del phases["propagate"]
-    if scale.surveys:
+    if scale.surveys or (scale.choosing is not None and not scale.choosing.evaluates):
         phases["survey"] = (*_survey(scale), *_ahead(scale, choice), *_reading(scale), *_hidden(scale, choice, 1))
+    if scale.choosing is not None and scale.choosing.evaluates:
+        phases["choose"] = _evaluate(scale, choice, scale.work.num_sequences, scale.work.num_tokens)
     if scale.windows is not None:
         phases["evaluate"] = _evaluate(scale, choice, *scale.windows)
     if scale.generation is not None:
@@ -188,7 +191,8 @@ def _prune(scale: Scale) -> Iterator[Held]:
     yield on_device("statistics", statistics_bytes(scale.work, scale.recipe))
     steps = scale.recipe.steps
     working, name = max(
-        (_made(scale, i) + _step_bytes(scale, s), type(s).__name__.lower()) for i, s in enumerate(steps)
+        [(_made(scale, i) + _step_bytes(scale, s), type(s).__name__.lower()) for i, s in enumerate(steps)]
+        or [(0, "leaving it as it is")]
     )
     yield on_device(f"work of {name}", working)
     if scale.recipe.within_block == "sequential":

@@ -15,6 +15,7 @@ import torch
 from pipeline.errors import StorageError
 from pipeline.meter import synchronise
 from pipeline.paging.pager import Pager
+from pipeline.planning.choosing import Choosing
 from pipeline.planning.footprint import Choice
 from pipeline.planning.methods_work import SELECTION_TRAFFIC, count_prune
 from pipeline.planning.probes import copy_speed, disk_speed, matmul_flops
@@ -127,7 +128,10 @@ def costs(scale: Scale, choice: Choice, speeds: Speeds | None, outside_bytes: in
     embedding = scale.outside_numel * scale.stored.itemsize
     embed = Count(weights_read=embedding, hidden_written=work.boundary_bytes)
     phases = [] if scale.generation is None else [cost("generate", _writing(work, scale.generation), 1)]
-    phases += [cost("embed", embed, 2 if scale.surveys else 1)]
+    choosing = scale.choosing
+    num_embedded = 1 + scale.surveys + (choosing.models if choosing else 0)
+    phases += [cost("embed", embed, num_embedded)]
+    phases += [cost("choose", _choosing(scale, choosing), 1)] if choosing else []
     phases += [cost("survey", count_survey(work))] if scale.surveys else []
     phases += [cost("read", count_read(work)), cost("collect", collect, 1 if choice.fused else count)]
     phases += [cost("prune", prune), cost("commit", count_commit(work, recipe))]
@@ -138,7 +142,7 @@ def costs(scale: Scale, choice: Choice, speeds: Speeds | None, outside_bytes: in
     else:
         phases.append(cost("propagate", propagate, count - 1))
     if scale.windows is not None:
-        phases.append(cost("evaluate", _evaluation(scale, *scale.windows), 2))
+        phases.append(cost("evaluate", _evaluations(scale, *scale.windows), 1))
     phases.append(cost("assemble", outside, 1))
     return _overlapped(phases) if choice.ahead else phases
 
@@ -200,12 +204,20 @@ def _writing(work: Workload, generation: Generation) -> Count:
     )
 
 
-def _evaluation(scale: Scale, num_windows: int, length: int) -> Count:
-    """All blocks and the head over all windows, once."""
+def _choosing(scale: Scale, choosing: Choosing) -> Count:
+    """Every model is run over the calibration sequences, block by block, and where it is evaluated through the head."""
+    work = scale.work
+    block = count_read(work) + count_propagate(work)
+    head = 2.0 * work.all_tokens * work.hidden * scale.vocab_size * choosing.models if choosing.evaluates else 0.0
+    return Count(gemm=head) + block.times(choosing.blocks)
+
+
+def _evaluations(scale: Scale, num_windows: int, length: int) -> Count:
+    """All blocks and the head over all windows, of the dense model and of the pruned one."""
     work = replace(scale.work, num_sequences=num_windows, num_tokens=length)
     block, tokens = count_read(work) + count_propagate(work), work.all_tokens
-    whole = sum([block] * work.num_blocks, Count())
-    return whole + Count(gemm=2.0 * tokens * work.hidden * scale.vocab_size, hidden_read=work.boundary_bytes)
+    head = Count(gemm=2.0 * tokens * work.hidden * scale.vocab_size, hidden_read=work.boundary_bytes)
+    return block.times(2 * work.num_blocks + scale.num_dropped) + head.times(2)
 
 
 def _selection_speed(device: torch.device) -> float:

@@ -24,14 +24,14 @@ from pipeline.errors import BudgetExceeded
 from pipeline.memory_config import MemoryConfig
 from pipeline.paging.engines import open_pager
 from pipeline.paging.spool import existing
+from pipeline.planning.choosing import Choosing, planned_shape
 from pipeline.planning.fitting import Limit, Room, choose, preferences, refusal
 from pipeline.planning.footprint import Choice, Fit, footprint
 from pipeline.planning.held import Phase, working_sets
 from pipeline.planning.methods_work import count_prune
 from pipeline.planning.pace import Cost, Speeds, costs, probe_speeds
-from pipeline.planning.scale import scale_of
-from pipeline.planning.work import Workload, count_again, count_collect, count_propagate, weights_of
-from pipeline.recipe import Recipe
+from pipeline.planning.scale import Scale, generation_of, scale_of
+from pipeline.planning.work import count_again, count_collect, count_propagate, weights_of
 from pipeline.skeleton import Skeleton
 
 LATER_BYTES = 50 << 20
@@ -125,15 +125,19 @@ def make_plan(config: RunConfig, directory: Path, speeds: Speeds | None, baselin
     with closing(Checkpoint.open(directory)) as checkpoint:
         device = choose_device(config.compute.device)
         dtype = choose_dtype(config.compute.dtype, device, checkpoint.matrix_dtype())
-        skeleton = Skeleton(checkpoint, device, dtype)
-        scale = scale_of(config, skeleton)
+        dense = Skeleton(checkpoint, device, dtype)
+        skeleton, choosing = planned_shape(config, dense)
+        scale = replace(
+            scale_of(config, skeleton), choosing=choosing, num_dropped=dense.num_blocks - skeleton.num_blocks,
+            generation=generation_of(config, dense),
+        )  # fmt: skip
         held = psutil.Process().memory_info().rss + LATER_BYTES if baseline is None else baseline
         room = room_for(config, device, held)
         choice = choose(scale, room, config.memory.activations)
         refused = () if choice else refusal(scale, room, config.memory.activations, config.prune.target)
         choice = choice or list(preferences(scale, room, config.memory.activations))[-1]
         inside = sum(skeleton.block_numel(index) for index in range(skeleton.num_blocks))
-        outside = max(0, checkpoint.total_bytes() - inside * scale.stored.itemsize)
+        outside = max(0, skeleton.checkpoint.total_bytes() - inside * scale.stored.itemsize)
         phases = footprint(scale, choice, held)
         return Plan(
             model_type=skeleton.model.config.model_type,
@@ -144,21 +148,32 @@ def make_plan(config: RunConfig, directory: Path, speeds: Speeds | None, baselin
             choice=choice,
             refused=refused,
             limits={place: limit.num_bytes for place, limit in room.limits.items()},
-            output_bytes=checkpoint.total_bytes(),
+            output_bytes=skeleton.checkpoint.total_bytes(),
             working_sets=working_sets(phases),
-            forward_passes=_forward_passes(scale.work, scale.recipe) + scale.surveys,
+            forward_passes=_forward_passes(scale) + scale.surveys,
             **_totals(phases, costs(scale, choice, speeds, outside)),
         )
 
 
-def fit_for(config: RunConfig, skeleton: Skeleton, num_sequences: int, baseline: int, *, surveys: bool = False) -> Fit:
+def fit_for(
+    config: RunConfig,
+    skeleton: Skeleton,
+    num_sequences: int,
+    baseline: int,
+    *,
+    surveys: bool = False,
+    choosing: Choosing | None = None,
+) -> Fit:
     """Return how one process of a cluster uses memory for its part of the sequences; raises BudgetExceeded.
 
-    surveys: whether it is the one that surveys the model, if that is asked for.
+    surveys: whether it is the one that surveys the model, if that is asked for; choosing: what it runs, where it is the
+    one that chooses which blocks go.
     """
     scale = scale_of(config, skeleton)
     work = replace(scale.work, num_sequences=num_sequences)
-    scale = replace(scale, work=work, windows=None, generation=None, surveys=surveys and scale.surveys)
+    scale = replace(
+        scale, work=work, windows=None, generation=None, surveys=surveys and scale.surveys, choosing=choosing
+    )
     room, asked = room_for(config, skeleton.device, baseline), config.memory.activations
     choice = choose(scale, room, asked)
     if choice is None:
@@ -238,8 +253,10 @@ def _planned(cost: Cost, phase: Phase | None) -> PlannedPhase:
     )
 
 
-def _forward_passes(work: Workload, recipe: Recipe) -> float:
+def _forward_passes(scale: Scale) -> float:
     """Passes of all tokens through the model; those that end within a block count by their part of it."""
+    work, recipe = scale.work, scale.recipe
     counts = [count_collect(work, recipe), count_propagate(work), count_again(work, recipe)]
     counts += [count_prune(work, step).whole for step in recipe.block_steps]
-    return sum(count.gemm for count in counts) / work.forward_flops
+    chosen_by = scale.choosing.blocks / work.num_blocks if scale.choosing else 0.0
+    return sum(count.gemm for count in counts) / work.forward_flops + chosen_by

@@ -7,6 +7,7 @@ import torch
 
 from pipeline.config import RunConfig
 from pipeline.ledger import TOKENS_NAME
+from pipeline.planning.choosing import Choosing
 from pipeline.planning.work import Workload, likely_groups, shapes_of
 from pipeline.recipe import Recipe
 from pipeline.skeleton import Skeleton
@@ -60,6 +61,13 @@ class Scale:
 
     surveys: bool = False
     """Whether the dense model is looked through first."""
+
+    num_dropped: int = 0
+    """Blocks of the dense model that go before all of this; nothing else here counts them."""
+
+    choosing: Choosing | None = None
+    """What choosing them takes, where they are to be chosen yet."""
+
     generation: Generation | None = None
     """Where the model has its calibration text to write yet."""
 
@@ -109,11 +117,11 @@ def scale_of(config: RunConfig, skeleton: Skeleton) -> Scale:
         unified=skeleton.device.type == "cpu",
         windows=(evaluate.windows, evaluate.sequence_length) if evaluate and evaluate.windows else None,
         surveys=config.prune.allocation.needs_survey,
-        generation=_generation(config, skeleton),
+        generation=generation_of(config, skeleton),
     )
 
 
-def _generation(config: RunConfig, skeleton: Skeleton) -> Generation | None:
+def generation_of(config: RunConfig, skeleton: Skeleton) -> Generation | None:
     """What the model has to write; None where it is not to, or has written in an earlier session of the run."""
     source, model = config.calibration.source, skeleton.model.config.get_text_config()
     if not isinstance(source, WrittenByModel) or (config.output / TOKENS_NAME).is_file():

@@ -60,6 +60,10 @@ class Count:
         """All operations."""
         return self.gemm + self.gram + self.factor
 
+    def times(self, number: int) -> "Count":
+        """Return the count of so many of it."""
+        return Count(**{f.name: number * getattr(self, f.name) for f in fields(Count)})
+
     def __add__(self, other: "Count") -> "Count":
         """Return the count of both."""
         return Count(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Count)})
@@ -193,11 +197,12 @@ def count_collect(work: Workload, recipe: Recipe) -> Count:
 def count_commit(work: Workload, recipe: Recipe) -> Count:
     """Count the writing of a block.
 
-    Kept weights that no step has changed are read from the source once more, where blocks run in a narrower dtype.
+    Kept weights that no step has changed are read from the source once more, where blocks run in a narrower dtype, and
+    so are blocks that no step prunes.
     """
     size = work.num_weights * work.stored_bytes
     rewritten = any(step.rewrites or step.quantises for step in recipe.steps)
-    is_read = not rewritten and work.dtype_bytes < work.stored_bytes
+    is_read = not recipe.steps or (not rewritten and work.dtype_bytes < work.stored_bytes)
     return Count(weights_read=size if is_read else 0, weights_written=size)
 
 

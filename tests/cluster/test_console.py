@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from cluster.console import LiveProgress, PlainProgress, choose_progress, show_report, show_table
-from pipeline.report import Report
+from pipeline.report import Report, Smaller
 
 REPORT = Report(
     sparsity="0.5", pruned_weights=53_084, prunable_weights=106_168, block_sparsity=[0.5, 0.5], mean_error=0.01234,
@@ -178,3 +178,16 @@ def test_a_summary_says_between_what_the_blocks_lie_where_they_differ(log: Conso
     show_report(log, replace(REPORT, block_sparsity=[0.43, 0.5, 0.57]), "runs/demo", "models/demo")
     assert "by block" in shown.getvalue()
     assert "43.00% to 57.00%" in shown.getvalue()
+
+
+def test_a_summary_of_a_smaller_model_says_what_is_left(shown: io.StringIO) -> None:
+    blocks = {"of": 30, "parameters_before": 134_515_008}
+    smaller = Smaller(asked=0.1, blocks=blocks, num_blocks=27, parameters=123_895_872, num_bytes=247_791_744)
+    console = Console(file=shown, width=160, force_terminal=False)
+    show_report(console, replace(REPORT, smaller=smaller, prunable_weights=0, block_sparsity=[0.0] * 27), "run", "in")
+    said = " ".join(shown.getvalue().split())
+    assert "blocks 27 of 30 are left (asked: 10.00% less)" in said
+    assert "parameters 123,895,872 of 134,515,008, 248 MB" in said
+    assert "- The model is really smaller: 27 of 30 blocks are left." in said
+    assert "zeros" not in said
+    assert "asked: 0.5" not in said

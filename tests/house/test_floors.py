@@ -16,11 +16,11 @@ FLOORS = {
     0: "pipeline: allocation_config budget cluster_config devices durable errors header heap lazy_weights "
     "memory_config meter numerics peers progress records shard_names sparsity stream_names",
     1: "pipeline: allocation methods shards statistics",
-    2: "pipeline: calibration checkpoint config hub ledger paging recipe sharing shelf sources",
-    3: "pipeline: activations linears order skeleton",
+    2: "pipeline: calibration checkpoint config hub ledger paging recipe shape shape_record sharing shelf sources",
+    3: "pipeline: activations linears narrower order skeleton",
     4: "pipeline: assemble block_writer importance inputs memory outliers planning prune_block sampler "
     "self_calibration stage stream survey transaction weights workbench",
-    5: "pipeline: allocate demo_model doctor evaluate job report run verify",
+    5: "pipeline: allocate choose_shape demo_model doctor evaluate job report run verify",
     6: "cluster: cli_shared console credentials job_shape jobs messages package topology",
     7: "cluster: cost_model depot expectation failures follow forecast replicas schedule shelves state submit trace "
     "watch worker",

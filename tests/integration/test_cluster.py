@@ -11,6 +11,7 @@ import pytest
 from pipeline.config import parse_config
 from pipeline.errors import ConfigChanged, ConfigError, RunStopped
 from pipeline.ledger import Ledger
+from pipeline.verify import verify
 from tests.bench.handoffs import run_in_stages
 from tests.integration.clusters import (
     BESA_DENSE,
@@ -25,7 +26,7 @@ from tests.integration.clusters import (
     spread,
 )
 from tests.integration.clusters import warm_ray as warm_ray
-from tests.integration.support import RecipeEntries, carry_out, committed, outcome
+from tests.integration.support import SILENT, RecipeEntries, carry_out, committed, outcome
 
 pytestmark = pytest.mark.usefixtures("warm_ray")
 
@@ -81,6 +82,23 @@ def test_what_a_survey_here_allocates_to_each_block_the_workers_go_by(source: Pa
     assert outcome(tmp_path / "there") == outcome(tmp_path / "here")
     commits = Ledger.read(tmp_path / "there").commits
     assert len({record.sparsity for commit in commits.values() for record in commit.linears.values()}) == len(commits)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "handoff"), [(["sleb"], "pruned"), ([{"shortgpt": {"ratio": 0.34}}, BESA_DENSE], "pruned"),
+                            ([{"shortgpt": {"ratio": 0.34}}, "wanda"], "dense")], ids=str
+)  # fmt: skip
+def test_workers_go_by_the_blocks_that_are_left(
+    recipe: RecipeEntries, handoff: str, source: Path, tmp_path: Path
+) -> None:
+    settings = [alone(source, tmp_path / name, recipe) for name in ("here", "there")]
+    carry_out_there(spread(settings[1], stages=2, handoff=handoff))
+    if handoff == "pruned":
+        carry_out(settings[0])
+        assert outcome(tmp_path / "there") == outcome(tmp_path / "here")
+    assert len(Ledger.read(tmp_path / "there").commits) == len(header_of(tmp_path / "there")["shape"]["kept"]) < 6
+    found = verify(tmp_path / "there", source, SILENT)
+    assert found.parameters < found.source_parameters
 
 
 def test_the_coordinator_has_the_model_write_its_calibration_text_for_all_workers(source: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Recipes: what is read, what a recipe needs, and every refusal in its words."""
 
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from pipeline.methods.besa import Besa
 from pipeline.methods.magnitude import Magnitude
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.methods.step import BlockStep, LinearStep
+from pipeline.methods.structured.shape_step import ShapeStep, ShortGpt, Sleb
 from pipeline.methods.wanda import Wanda
 from pipeline.recipe import parse_recipe
 from pipeline.sparsity import SemiStructured, Sparsity, Unstructured
@@ -21,15 +23,50 @@ Entries = list[str | dict[str, Any]]
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.needs_mask])
 def test_every_method_is_a_recipe_of_its_own(name: str) -> None:
-    refines = METHODS[name].needs_mask
-    *_, step = parse_recipe(["wanda", name] if refines else [name], HALF).steps
+    recipe = parse_recipe([name], HALF)
+    (step,) = recipe.steps or [recipe.shape]
     assert type(step) is METHODS[name]
-    assert isinstance(step, LinearStep) != isinstance(step, BlockStep)
+    assert isinstance(step, LinearStep) + isinstance(step, BlockStep) + isinstance(step, ShapeStep) == 1
 
 
 def test_steps_come_in_order_with_their_options() -> None:
     recipe = parse_recipe([{"besa": {"epochs": 2, "granularity": "linear"}}, {"sparsegpt": {"damping": 0.1}}], HALF)
     assert recipe.steps == (Besa(epochs=2, granularity="linear"), SparseGPT(damping=0.1))
+
+
+def test_a_step_that_removes_blocks_stands_apart_from_those_that_mask() -> None:
+    recipe = parse_recipe([{"shortgpt": {"ratio": 0.29}}, "wanda", "sparsegpt"], TWO_OF_FOUR)
+    assert recipe.shape == ShortGpt(ratio=0.29)
+    assert recipe.steps == (Wanda(), SparseGPT())
+    assert recipe.part_removed(TWO_OF_FOUR) == Fraction(29, 100)
+    assert parse_recipe(["wanda"], HALF).part_removed(HALF) == 0
+    named = [next(iter(step)) for step in recipe.as_data() if isinstance(step, dict)]
+    assert named == ["shortgpt", "wanda", "sparsegpt"]
+
+
+def test_alone_it_removes_as_much_as_the_run_is_asked_for() -> None:
+    recipe = parse_recipe(["sleb"], Unstructured(ratio=0.3))
+    assert (recipe.shape, recipe.steps) == (Sleb(), ())
+    assert recipe.part_removed(Unstructured(ratio=0.3)) == Fraction(3, 10)
+
+
+@pytest.mark.parametrize(
+    ("entries", "sparsity", "message"),
+    [
+        (["wanda", {"shortgpt": {"ratio": 0.1}}], HALF, r"\[1\] shortgpt removes blocks before anything is pruned"),
+        ([{"sleb": {"ratio": 0.1}}, {"shortgpt": {"ratio": 0.1}}, "wanda"], HALF, r"\[1\] shortgpt .* only one such"),
+        ([{"shortgpt": {"ratio": 0.2}}], HALF, r"shortgpt\.ratio is for .*: leave .* set prune\.sparsity to 0\.2"),
+        (["sleb", "wanda"], HALF, r"\[0\] sleb\.ratio is missing: with further steps, prune\.sparsity is what"),
+        (["shortgpt"], TWO_OF_FOUR, r"shortgpt removes whole blocks, which have no pattern such as 2:4; give a"),
+        ([{"shortgpt": {"ratio": 0.2}}, "dsnot"], HALF, r"\[1\] dsnot refines a mask; put a step that chooses one"),
+        ([{"shortgpt": {"ratio": 0.2}}, "wanda", "besa"], HALF, r"\[2\] besa chooses a mask .* but wanda has chosen"),
+        ([{"shortgpt": {"depth": "best"}}], HALF, r"shortgpt\.depth: Input should be 'one_shot', 'rescored' or"),
+        ([{"shortgpt": {"ratio": 1}}, "wanda"], HALF, r"shortgpt\.ratio: Input should be less than 1"),
+    ],
+)  # fmt: skip
+def test_what_cannot_remove_blocks_so_is_refused(entries: Entries, sparsity: Sparsity, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_recipe(entries, sparsity)
 
 
 @pytest.mark.parametrize("entry", ["wanda", {"wanda": None}, {"wanda": {}}])

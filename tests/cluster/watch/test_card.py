@@ -16,7 +16,7 @@ def results() -> dict[str, Any]:
     report = {
         "sparsity": "0.5", "achieved_sparsity": 0.5, "pruned_weights": 53_084, "prunable_weights": 106_168,
         "perplexity_before": 27.43, "perplexity_after": 51.94, "mean_error": 0.0123, "seconds": {},
-        "guidance": ["The files are as large as before."],
+        "guidance": ["The files are as large as before."], "smaller": None,
     }  # fmt: skip
     checks = [
         {"name": "perplexity ratio", "value": "1.89", "limit": "at most 2", "ok": True},
@@ -43,6 +43,15 @@ def test_people_read_the_source_the_recipe_the_figures_and_what_it_is_worth(resu
     assert "- perplexity ratio: 1.89 (asked: at most 2)\n- verify: 30 tensors &lt;compared&gt;\n" in card
     assert "- The files are as large as before.\n" in card
     assert "sparsity: 0.5" in card
+
+
+def test_blocks_that_are_gone_are_counted_and_masks_only_where_there_are_some(results: dict[str, Any]) -> None:
+    blocks = {"of": 30, "parameters_before": 1000}
+    results["report"]["smaller"] = {"num_blocks": 24, "parameters": 800, "asked": 0.2, "blocks": blocks}
+    gone = "acme/tiny with 6 of 30 blocks removed (800 of 1,000 parameters are left)"
+    assert f"{gone} and 50.00% of the weights in its blocks removed" in write_card(found(), RECIPE, results)
+    results["report"]["prunable_weights"] = 0
+    assert f"{gone}, by [secateur]" in write_card(found(), RECIPE, results)
 
 
 def test_what_is_not_known_is_left_out(results: dict[str, Any]) -> None:

@@ -56,6 +56,20 @@ def test_all_checks_that_fail_are_named_with_figures(run: RunConfig) -> None:
     )
 
 
+def test_a_model_without_some_blocks_is_held_against_whole_blocks(tiny: Path, tmp_path: Path) -> None:
+    settings = job(tiny, tmp_path / "run", recipe=["shortgpt"], sparsity=0.4)
+    carry_out(settings)
+    own = parse_config(settings, "the test")
+    results = pass_gate(gate(), own)
+    assert [check["name"] for check in results["checks"]] == ["blocks", "verify"]
+    assert results["checks"][0]["value"] == "1 of 3 gone"
+    smaller = json.loads((tmp_path / "run" / "report" / "report.json").read_text())["smaller"]
+    for num_blocks in (1, 3):
+        report(own, smaller={**smaller, "num_blocks": num_blocks})
+        with pytest.raises(GateFailed, match=rf"blocks is {3 - num_blocks} of 3 gone, asked was 40\.0000% of them"):
+            pass_gate(gate(verify=False), own)
+
+
 def test_a_limit_that_is_just_met_is_met(run: RunConfig) -> None:
     report(run, perplexity_before=10.0, perplexity_after=20.0)
     pass_gate(gate(perplexity_ratio=2, max_perplexity=20), run)

@@ -1,0 +1,192 @@
+"""Which blocks a run drops: chosen once, before the first is pruned, and recorded in its run directory.
+
+The model is looked at as it is calibrated: surveyed for how much each block turns the hidden states, or evaluated on
+the calibration tokens without each of its blocks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from pydantic import JsonValue
+
+from pipeline.config import RunConfig
+from pipeline.devices import empty_cache
+from pipeline.errors import RunStopped
+from pipeline.evaluate import evaluate
+from pipeline.importance import ImportanceMeter
+from pipeline.memory import Memory, opened_memory
+from pipeline.meter import resident_bytes
+from pipeline.methods.structured.depth import Dropped, ends, greedy, one_shot, rescored
+from pipeline.methods.structured.shape_step import ShapeStep
+from pipeline.narrower import narrowed
+from pipeline.paging.spool import remove_leftovers, spool_directory
+from pipeline.planning.choosing import choosing_of
+from pipeline.planning.plan import fit_for
+from pipeline.progress import Progress, Silent, StopAsked
+from pipeline.shape import Shape
+from pipeline.shape_record import Figures, ShapeRecord
+from pipeline.skeleton import Skeleton
+from pipeline.survey import survey
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """The shape of a run's output, and how it came about; blocks go by their numbers in the dense model."""
+
+    shape: Shape
+    num_blocks: int
+    """Of the dense model."""
+
+    order: tuple[int, ...]
+    """The blocks that go, in the order they were chosen."""
+
+    importance: dict[int, float]
+    """Of the dense model's blocks: how much each turns the hidden states (the mean of 1 - cos), or what the perplexity
+    on the calibration tokens is without it; of all those that were measured."""
+
+    numel: int
+    """Numbers in all tensors of the dense model."""
+
+    num_bytes: int
+    """Their size."""
+
+    def as_data(self) -> dict[str, JsonValue]:
+        """Return plain data, as reports have it."""
+        return {
+            "of": self.num_blocks,
+            "dropped": list(self.order),
+            "kept": list(self.shape.kept),
+            "importance": {str(block): value for block, value in self.importance.items()},
+            "parameters_before": self.numel,
+            "bytes_before": self.num_bytes,
+        }
+
+
+def choose_shape(
+    config: RunConfig,
+    dense: Skeleton,
+    tokens_NT: torch.Tensor,
+    settings: dict[str, JsonValue],
+    progress: Progress,
+    stop_asked: StopAsked,
+) -> Chosen:
+    """Choose the blocks that stay, or go by what an earlier session has measured; the run's lock is held.
+
+    settings: what the choice depends on beside the recipe. Raises ConfigError where the ratio is not one of blocks,
+    ConfigChanged and RunDirectoryError as `ShapeRecord` does, and RunStopped between blocks.
+    """
+    recipe, target = config.prune.steps, config.prune.target
+    step = recipe.shape
+    assert step is not None, "the recipe removes blocks"
+    num_dropped = step.num_dropped(dense.num_blocks, recipe.part_removed(target))
+    narrowed(dense, Shape(kept=(0, dense.num_blocks - 1)))  # what cannot be narrowed is not surveyed first
+    asked: dict[str, JsonValue] = {"step": step.method, "options": step.model_dump(mode="json"), "blocks": num_dropped}
+    record = ShapeRecord(config.output, {**asked, **settings})
+    search = _Search(config, dense, tokens_NT, step, num_dropped, record, progress, stop_asked)
+    order = search.order()
+    kept = tuple(block for block in range(dense.num_blocks) if block not in order)
+    shape = Shape(kept=kept)
+    record.settle(shape, order)
+    progress.say(
+        f"{step.method}: {num_dropped} of {dense.num_blocks} blocks go, in this order: {', '.join(map(str, order))}"
+    )
+    return Chosen(
+        shape=shape, num_blocks=dense.num_blocks, order=tuple(order), importance=search.importance(),
+        numel=dense.checkpoint.numel(), num_bytes=dense.checkpoint.total_bytes(),
+    )  # fmt: skip
+
+
+class _Search:
+    """Measures a model without some of its blocks, as often as the order needs and the record does not know."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        dense: Skeleton,
+        tokens_NT: torch.Tensor,
+        step: ShapeStep,
+        num_dropped: int,
+        record: ShapeRecord,
+        progress: Progress,
+        stop_asked: StopAsked,
+    ) -> None:
+        self._config, self._dense, self._tokens_NT, self._step = config, dense, tokens_NT, step
+        self._num_dropped, self._record, self._progress, self._stop_asked = num_dropped, record, progress, stop_asked
+        self._num_told = 0
+
+    def order(self) -> list[int]:
+        """Return the blocks that go, in the order they are chosen."""
+        num_blocks, protected = self._dense.num_blocks, ends(self._dense.num_blocks)
+        if self._step.depth == "greedy":
+            self._progress.begin("choose", choosing_of(self._step, num_blocks, self._num_dropped).models, 0)
+            found = greedy(self._loss, range(num_blocks), self._num_dropped, protected)
+            self._progress.end()
+            return found
+        if self._step.depth == "rescored":
+            return rescored(self._importance, num_blocks, self._num_dropped, protected)
+        return one_shot(self._importance(frozenset()), self._num_dropped, protected)
+
+    def importance(self) -> dict[int, float]:
+        """Return what is known of each block beside all others."""
+        if self._step.depth == "greedy":
+            singly = {name: figures for name, figures in self._record.measured.items() if name.isdigit()}
+            return {int(name): figures[0] for name, figures in sorted(singly.items(), key=lambda item: int(item[0]))}
+        return dict(enumerate(self._record.measured[""]))
+
+    def _importance(self, gone: Dropped) -> list[float]:
+        """Return the importance of every block of the dense model; of those that are gone it is 0."""
+        found = iter(self._record.measure(gone, lambda: self._surveyed(gone)))
+        return [0.0 if block in gone else next(found) for block in range(self._dense.num_blocks)]
+
+    def _surveyed(self, gone: Dropped) -> Figures:
+        meter, prune = ImportanceMeter(), self._config.prune
+
+        def look(skeleton: Skeleton, memory: Memory) -> None:
+            survey(
+                skeleton, self._tokens_NT, [meter], skip=prune.skip, batch=self._config.compute.batch, memory=memory,
+                progress=self._progress, between_blocks=self._stop_if_asked,
+            )  # fmt: skip
+
+        self._with_memory(gone, look)
+        return meter.found
+
+    def _loss(self, gone: Dropped) -> float:
+        """Return the perplexity on the calibration tokens of the model without some blocks."""
+        perplexity = self._record.measure(gone, lambda: self._evaluated(gone))[0]
+        self._num_told += 1
+        self._progress.advance(self._num_told - 1, f"without {', '.join(map(str, sorted(gone)))}: {perplexity:.3f}")
+        return perplexity
+
+    def _evaluated(self, gone: Dropped) -> Figures:
+        found: Figures = []
+
+        def look(skeleton: Skeleton, memory: Memory) -> None:
+            batch, told = self._config.compute.batch, Silent()
+            with memory.phase("choose"):
+                found.append(
+                    evaluate(skeleton, self._tokens_NT, batch, told, "choose", self._stop_if_asked, memory)
+                )  # fmt: skip
+
+        self._with_memory(gone, look)
+        return found
+
+    def _with_memory(self, gone: Dropped, look: Callable[[Skeleton, Memory], None]) -> None:
+        """Have a look at the model without some blocks, in memory that is opened for it under the run's ceilings."""
+        config, dense, baseline = self._config, self._dense, resident_bytes()
+        choosing = choosing_of(self._step, dense.num_blocks, self._num_dropped)
+        fit = fit_for(config, dense, len(self._tokens_NT), baseline, choosing=choosing)
+        kept = tuple(block for block in range(dense.num_blocks) if block not in gone)
+        skeleton = narrowed(dense, Shape(kept=kept)) if gone else dense
+        spool, batch = spool_directory(config.memory.spool, config.output), config.compute.batch
+        remove_leftovers(spool)
+        with opened_memory(config.memory, fit, spool, dense.device, baseline=baseline, batch=batch) as memory:
+            look(skeleton, memory)
+        empty_cache(dense.device)  # workers may be about to use it
+
+    def _stop_if_asked(self) -> None:
+        if self._stop_asked():
+            raise RunStopped(
+                f"stopped as asked while the blocks that go were chosen; what was measured is kept. Go on with: "
+                f"secateur run {self._config.output}"
+            )

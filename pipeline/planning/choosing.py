@@ -1,0 +1,52 @@
+"""What choosing the blocks that go takes: how often how much of the model is run over the calibration sequences."""
+
+from dataclasses import dataclass
+
+from pipeline.config import RunConfig
+from pipeline.methods.structured.shape_step import ShapeStep
+from pipeline.narrower import narrowed
+from pipeline.shape import without_last
+from pipeline.shape_record import is_settled
+from pipeline.skeleton import Skeleton
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choosing:
+    """Runs of models to choose a shape by."""
+
+    models: int
+    """How many are run."""
+
+    blocks: int
+    """Blocks of all of them."""
+
+    evaluates: bool
+    """Whether each is run to the end, for its loss, or surveyed."""
+
+
+def choosing_of(step: ShapeStep, num_blocks: int, num_dropped: int) -> Choosing:
+    """Return what a step runs of a dense model of so many blocks."""
+    if step.depth == "one_shot":
+        return Choosing(models=1, blocks=num_blocks, evaluates=False)
+    left = [num_blocks - gone for gone in range(num_dropped)]
+    if step.depth == "rescored":
+        return Choosing(models=num_dropped, blocks=sum(left), evaluates=False)
+    models = [blocks - 2 for blocks in left]  # all but the first and the last are candidates
+    return Choosing(
+        models=sum(models), blocks=sum(m * (b - 1) for m, b in zip(models, left, strict=True)), evaluates=True
+    )
+
+
+def planned_shape(config: RunConfig, dense: Skeleton) -> tuple[Skeleton, Choosing | None]:
+    """Return a model as small as a run will make it, and what choosing its blocks takes; None where it is done.
+
+    Which blocks stay is not known yet, and of no account: they are of one size. Raises ConfigError where the ratio is
+    not one of blocks.
+    """
+    recipe, target = config.prune.steps, config.prune.target
+    step = recipe.shape
+    if step is None:
+        return dense, None
+    num_dropped = step.num_dropped(dense.num_blocks, recipe.part_removed(target))
+    choosing = None if is_settled(config.output) else choosing_of(step, dense.num_blocks, num_dropped)
+    return narrowed(dense, without_last(dense.num_blocks, num_dropped)), choosing

@@ -1,0 +1,71 @@
+"""What choosing blocks takes, counted against what the ways of choosing really ask for."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.checkpoint import Checkpoint
+from pipeline.config import parse_config
+from pipeline.methods.structured.depth import Dropped, ends, greedy, rescored
+from pipeline.methods.structured.shape_step import Depth, ShortGpt
+from pipeline.planning.choosing import Choosing, choosing_of, planned_shape
+from pipeline.planning.plan import make_plan
+from pipeline.skeleton import Skeleton
+from tests.tiny import save_tiny
+
+
+@pytest.mark.parametrize("num_dropped", [1, 3])
+def test_models_and_blocks_are_those_that_are_run(num_dropped: int) -> None:
+    run: list[int] = []
+
+    def survey(gone: Dropped) -> list[float]:
+        run.append(8 - len(gone))
+        return [0.0] * 8
+
+    def loss(gone: Dropped) -> float:
+        run.append(8 - len(gone))
+        return 0.0
+
+    rescored(survey, 8, num_dropped, ends(8))
+    expected = Choosing(models=len(run), blocks=sum(run), evaluates=False)
+    assert choosing_of(ShortGpt(depth="rescored"), 8, num_dropped) == expected
+    run.clear()
+    greedy(loss, range(8), num_dropped, ends(8))
+    expected = Choosing(models=len(run), blocks=sum(run), evaluates=True)
+    assert choosing_of(ShortGpt(depth="greedy"), 8, num_dropped) == expected
+    assert choosing_of(ShortGpt(), 8, num_dropped) == Choosing(models=1, blocks=8, evaluates=False)
+
+
+@pytest.mark.parametrize(
+    ("depth", "passes", "phase"), [("one_shot", 3, "survey"), ("rescored", 3, "survey"), ("greedy", 2, "choose")]
+)
+def test_a_plan_is_of_the_smaller_model_and_counts_the_choice(
+    depth: Depth, passes: int, phase: str, tmp_path: Path
+) -> None:
+    save_tiny("llama", tmp_path / "model")
+    recipe = [{"shortgpt": {"ratio": 0.4, "depth": depth}}, "wanda"]
+    raw = {"model": str(tmp_path / "model"), "output": str(tmp_path / "run"), "prune": {"recipe": recipe}}
+    raw["evaluate"] = {"windows": 3, "sequence_length": 20}
+    config = parse_config(raw | {"calibration": {"sequences": 6, "tokens": 24}, "compute": {"device": "cpu"}}, "test")
+    plain = parse_config(raw | {"prune": {"recipe": ["wanda"]}, "compute": {"device": "cpu"}}, "test")
+    plan, dense = (make_plan(own, tmp_path / "model", None, 10**6) for own in (config, plain))
+    assert (plan.num_blocks, dense.num_blocks) == (2, 3)
+    assert plan.output_bytes < dense.output_bytes
+    assert phase in plan.working_sets
+    evaluations = [next(own.bytes_read for own in one.phases if own.name == "evaluate") for one in (plan, dense)]
+    assert evaluations == [(2 + 3) * plan.block_weights * 4, (3 + 3) * plan.block_weights * 4]
+    chosen = next(own for own in plan.phases if own.name == "choose")
+    assert chosen.bytes_read == passes * plan.block_weights * 4
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "shape.json").write_text('{"kept": [0, 2]}')
+    later = make_plan(config, tmp_path / "model", None, 10**6)
+    assert later.forward_passes == pytest.approx(plan.forward_passes - passes / 2)
+    assert "choose" not in [own.name for own in later.phases]
+
+
+def test_a_recipe_that_drops_nothing_leaves_the_model_as_it_is(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    dense = Skeleton(Checkpoint.open(tmp_path), torch.device("cpu"), torch.float32)
+    config = parse_config({"model": str(tmp_path), "output": str(tmp_path / "run")}, "test")
+    assert planned_shape(config, dense) == (dense, None)

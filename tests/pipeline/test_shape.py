@@ -1,0 +1,53 @@
+"""What config.json says of a smaller model."""
+
+from typing import Any
+
+import pytest
+from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config
+
+from pipeline.errors import UnsupportedCheckpoint
+from pipeline.shape import Shape, edited_settings, without_last
+
+KEPT = Shape(kept=(0, 3, 5))
+SIX = {"num_hidden_layers": 6, "num_attention_heads": 4, "hidden_size": 32}
+
+
+def edited(config: PretrainedConfig, **written: Any) -> dict[str, Any]:
+    return dict(edited_settings(config, written, KEPT))
+
+
+def test_only_what_the_shape_changes_is_changed() -> None:
+    written = {"num_hidden_layers": 6, "torch_dtype": "bfloat16", "unknown": [1, 2, 3, 4, 5, 6]}
+    assert edited(LlamaConfig(**SIX), **written) == written | {"num_hidden_layers": 3}
+
+
+def test_the_number_of_blocks_goes_by_the_name_that_the_family_gives_it() -> None:
+    assert edited(GPT2Config(n_layer=6), n_layer=6, n_embd=32) == {"n_layer": 3, "n_embd": 32}
+    assert edited(GPT2Config(n_layer=6), num_hidden_layers=6) == {"n_layer": 3}
+
+
+def test_lists_by_block_are_sliced_and_those_that_a_rule_makes_are_written_out() -> None:
+    windows = Qwen2Config(**SIX, use_sliding_window=True, sliding_window=8, max_window_layers=4)
+    kinds = edited(windows, max_window_layers=4)["layer_types"]
+    assert kinds == ["full_attention", "full_attention", "sliding_attention"]
+    alternating = ["sliding_attention", "full_attention", "full_attention"] * 2
+    listed = edited(Gemma3TextConfig(**SIX, layer_types=alternating), layer_types=alternating)["layer_types"]
+    assert listed == [alternating[block] for block in KEPT.kept]
+
+
+def test_a_list_of_another_length_is_refused() -> None:
+    config = LlamaConfig(**SIX)
+    config.layer_types = ["full_attention"] * 5
+    with pytest.raises(UnsupportedCheckpoint, match=r"5 layer_types for 6 blocks, .*: correct the list"):
+        edited(config)
+
+
+def test_a_shape_survives_as_plain_data_and_knows_what_is_gone() -> None:
+    for shape in (KEPT, Shape(kept=(0, 1), width=8)):
+        assert Shape.from_data(shape.as_data()) == shape
+    assert KEPT.dropped(6) == (1, 2, 4)
+
+
+def test_any_shape_of_a_size_keeps_both_ends() -> None:
+    assert without_last(6, 2) == Shape(kept=(0, 1, 2, 5))
+    assert without_last(6, 4) == Shape(kept=(0, 5))
