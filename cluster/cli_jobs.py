@@ -1,4 +1,4 @@
-"""The commands about jobs on a Ray cluster: submit, status, logs, stop, list."""
+"""The commands about jobs on a Ray cluster: submit, status, logs, stop, list; what prunes is not imported for them."""
 
 import os
 import sys
@@ -17,9 +17,8 @@ from cluster.jobs import EXIT_STOPPED, JobFacts, JobServer, find
 from cluster.submit import Wishes, explain
 from cluster.submit import stop as stop_job
 from cluster.submit import submit as submit_run
-from pipeline.config import load_config
 from pipeline.errors import ConfigError
-from pipeline.meter import human_seconds
+from pipeline.human import human_seconds
 
 EXIT_LEFT = 130
 """The client was interrupted; the job was not."""
@@ -48,10 +47,12 @@ def submit(
     as_json: Json = False,
 ) -> None:
     """Run a configuration as a job of a Ray cluster, with the code installed here; goes on where it was stopped."""
+    from pipeline.config import load_config, resolved
+
     settings = load_config(config, overrides or [])
     server = connect(address)
     wishes = Wishes(grace=grace, cpus=cpus, gpus=gpus, python=python, install=install)
-    job = submit_run(server, settings, wishes, say)
+    job = submit_run(server, resolved(settings), wishes, say)
     say(f"submitted {job} to {server.address}; its run directory there is {settings.output}")
     if detach:
         say(f"follow it with: secateur logs {job} --follow --address {server.address}")

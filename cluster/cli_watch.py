@@ -10,7 +10,6 @@ from typer.core import TyperGroup
 from cluster.cli_jobs import connect
 from cluster.cli_shared import Json, StoppedAtOnce, console, emit, stop_on_signals
 from cluster.jobs import EXIT_STOPPED
-from cluster.run import run_anywhere
 
 
 class RunsByDefault(TyperGroup):
@@ -39,6 +38,7 @@ def watch_run(
     once: Annotated[bool, typer.Option("--once", help="Look once, do what is due, and end.")] = False,
 ) -> None:
     """Ask the sources on a schedule; plan, fetch, prune, gate and publish what is new."""
+    from cluster.run import run_anywhere
     from cluster.watch.command import watch
 
     try:

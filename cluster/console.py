@@ -20,7 +20,8 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.meter import human_bytes, human_seconds, peak_host_bytes
+from pipeline.human import human_bytes, human_seconds
+from pipeline.meter import peak_host_bytes
 from pipeline.planning.plan import Plan
 from pipeline.progress import Progress
 from pipeline.report import Report, guidance

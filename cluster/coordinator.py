@@ -15,8 +15,8 @@ from cluster.state import JobState, first_state, is_current, marked_done, releas
 from cluster.topology import Topology
 from cluster.trace import Span, Trace
 from pipeline.errors import RunStopped, StageFailed
+from pipeline.human import human_seconds
 from pipeline.ledger import Ledger
-from pipeline.meter import human_seconds
 from pipeline.progress import Progress, StopAsked
 from pipeline.records import Commit
 

@@ -5,6 +5,7 @@ Ray's job server takes a bearer token where it was started with token authentica
 user sets for themselves, keeps it back.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,9 @@ WAY_OUT = (
 
 SECRETS = ("RAY_AUTH_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 """Variables of the environment whose values may not be stored with a job."""
+
+_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
+_THERE = "the job finds tokens in the environment or the standard cache of the cluster's own machines"
 
 SHORTEST_SECRET = 8
 """Characters; a shorter value may be in any text by chance."""
@@ -50,14 +54,16 @@ def ray_token(environment: Mapping[str, str], home: Path) -> Token | None:
 
 
 def refuse_secrets(text: str, environment: Mapping[str, str]) -> None:
-    """Raise ConfigError where settings that are stored with a job hold a token of this environment."""
+    """Raise ConfigError where settings that are stored with a job hold a token of this environment, or of the hub."""
     for name in SECRETS:
         value = environment.get(name, "").strip()
         if len(value) >= SHORTEST_SECRET and value in text:
             raise ConfigError(
                 f"the settings hold the value of {name}, and the cluster keeps and shows a job's settings; take it "
-                "out: the job finds tokens in the environment or the standard cache of the cluster's own machines"
+                f"out: {_THERE}"
             )
+    if _HUB_TOKEN.search(text):
+        raise ConfigError(f"the settings hold what looks like a token of the Hugging Face hub; take it out: {_THERE}")
 
 
 def _token_in(path: Path) -> str:

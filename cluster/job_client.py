@@ -142,7 +142,10 @@ def server_url(given: str | None, environment: Mapping[str, str]) -> str:
     if named is None:
         raise ConfigError("which cluster? give --address http://HEAD:8265, or set RAY_API_SERVER_ADDRESS")
     address = named if "://" in named else f"http://{named}"
-    parts = urlsplit(address)
+    try:
+        parts = urlsplit(address)
+    except ValueError as error:
+        raise ConfigError(f"the address of the cluster is no URL: {error}") from None
     if parts.username or parts.password:
         raise ConfigError("the address of a cluster holds no user and password, which would be shown; use a token")
     if parts.scheme not in ("http", "https") or not parts.hostname or named in ("auto", "local"):
@@ -170,10 +173,18 @@ def _facts(details: JobDetails) -> JobFacts:
         ended=moment(details.end_time),
         exit_status=details.driver_exit_code,
         message=details.message or "",
-        grace=float(metadata.get(GRACE, 0)),
+        grace=_seconds(metadata.get(GRACE, "")),
         python=metadata.get(PYTHON, "python"),
         node=details.driver_node_id,
     )
+
+
+def _seconds(text: str) -> float:
+    """Return a number that a person may have written, in a manifest; 0 where it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
 
 
 def _switched_off(environment: Mapping[str, str]) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from cluster.failures import describe, listed
 from cluster.messages import Input
 from cluster.state import JobState
-from pipeline.meter import human_seconds
+from pipeline.human import human_seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import yaml
 
 from cluster.credentials import refuse_secrets
 from cluster.jobs import GRACE, OUTPUT, PYTHON, VERSION, JobFacts, JobServer, Submission, new_name
 from cluster.package import own_distribution, stage
-from pipeline.config import RunConfig, resolved
 from pipeline.errors import ClusterUnreachable, SubmissionError
 
 NEVER_INSTALLED = ("ray",)
@@ -50,24 +50,24 @@ class Wishes:
     """Whether the cluster is to install what the job needs, in the versions that are installed here."""
 
 
-def submit(server: JobServer, config: RunConfig, wishes: Wishes, say: Say) -> str:
-    """Hand a run to a cluster, and return the name of the job.
+def submit(server: JobServer, settings: dict[str, Any], wishes: Wishes, say: Say) -> str:
+    """Hand a run to a cluster, by its resolved configuration as plain data, and return the name of the job.
 
     Raises ConfigError where the settings hold a secret, SubmissionError where a job of the same run directory is not
     over yet, or the cluster refuses.
     """
-    settings = _settings_there(config, say)
-    refuse_secrets(settings, os.environ)
-    _refuse_second(server.jobs(), str(config.output))
-    job = new_name(config.output)
+    text, output = _settings_there(settings, say), settings["output"]
+    refuse_secrets(text, os.environ)
+    _refuse_second(server.jobs(), output)
+    job = new_name(Path(output))
     with TemporaryDirectory(prefix="secateur-") as directory:
-        package = stage(Path(directory), settings)
+        package = stage(Path(directory), text)
         installed = [pin for pin in package.pins if pin.partition("==")[0] not in NEVER_INSTALLED]
         submission = Submission(
             job=job,
             entrypoint=_entrypoint(wishes.python, "run", job),
             metadata={
-                VERSION: own_distribution().version, OUTPUT: str(config.output), GRACE: f"{wishes.grace:g}",
+                VERSION: own_distribution().version, OUTPUT: output, GRACE: f"{wishes.grace:g}",
                 PYTHON: wishes.python,
             },
             environment={"RAY_JOB_STOP_WAIT_TIME_S": f"{wishes.grace:.0f}"},
@@ -110,16 +110,16 @@ def explain(facts: JobFacts) -> str:
     return f"{facts.job} has {facts.status}: {reason}\n`secateur logs {facts.job}` shows more; once mended, {again}"
 
 
-def _settings_there(config: RunConfig, say: Say) -> str:
+def _settings_there(settings: dict[str, Any], say: Say) -> str:
     """Return the settings as the job is to read them: it belongs to the cluster it is submitted to."""
-    settings = resolved(config)
-    if config.cluster is None:
+    cluster = settings.get("cluster")
+    if cluster is None:
         say(
             "the settings have no `cluster` section: one process does all, on the head unless --cpus or --gpus is given"
         )
-    elif config.cluster.address != "auto":
-        say(f"cluster.address is {config.cluster.address}; a submitted job takes the cluster it is submitted to")
-        settings["cluster"]["address"] = "auto"
+    elif cluster["address"] != "auto":
+        say(f"cluster.address is {cluster['address']}; a submitted job takes the cluster it is submitted to")
+        settings = {**settings, "cluster": {**cluster, "address": "auto"}}
     text: str = yaml.safe_dump(settings, sort_keys=False)
     return text
 

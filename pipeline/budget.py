@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from pipeline.errors import BudgetExceeded
-from pipeline.meter import human_bytes
+from pipeline.human import human_bytes
 
 Place = Literal["device", "host", "spool"]
 

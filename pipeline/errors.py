@@ -18,6 +18,7 @@
     ├── VerificationError       the written model is not what the ledger says
     ├── WatchError              a release cannot go on its way from source to publication
     │   ├── HubError            the hub cannot be reached, or refuses; it may answer later
+    │   ├── NoRoom              disk or memory does not suffice for a release just now
     │   ├── ReleaseChanged      a release is no longer what it was when it was found
     │   ├── GateFailed          a pruned model is not good enough to be published
     │   └── StateError          the watcher's state is of another version, or damaged
@@ -101,6 +102,10 @@ class WatchError(SecateurError):
 
 class HubError(WatchError):
     """The hub cannot be reached, or refuses; it may answer later."""
+
+
+class NoRoom(WatchError):
+    """Free disk or memory does not suffice for a release just now; it may later."""
 
 
 class ReleaseChanged(WatchError):

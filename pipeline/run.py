@@ -10,11 +10,12 @@ from pipeline.allocation import Allocation
 from pipeline.config import RunConfig
 from pipeline.errors import BudgetExceeded, StorageError
 from pipeline.evaluate import load_windows
+from pipeline.human import human_seconds
 from pipeline.inputs import embed_tokens
 from pipeline.job import Job, Source, evaluate_job, finish, open_job, open_source, order_of
 from pipeline.ledger import RunLock, refuse_foreign
 from pipeline.memory import Memory, opened_memory
-from pipeline.meter import Stopwatch, human_seconds, resident_bytes
+from pipeline.meter import Stopwatch, resident_bytes
 from pipeline.paging.spool import remove_leftovers, spool_directory
 from pipeline.peers import Alone
 from pipeline.planning.pace import Speeds

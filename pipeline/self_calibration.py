@@ -22,8 +22,9 @@ from pipeline.calibration import CalibrationSet, digest, load_tokenizer, require
 from pipeline.config import RunConfig
 from pipeline.durable import write_atomically
 from pipeline.errors import BudgetExceeded, CalibrationError, ConfigChanged, RunDirectoryError, RunStopped
+from pipeline.human import human_seconds
 from pipeline.ledger import TOKENS_NAME
-from pipeline.meter import human_seconds, resident_bytes
+from pipeline.meter import resident_bytes
 from pipeline.planning.fitting import ANOTHER_SOURCE, beyond
 from pipeline.planning.footprint import Choice, footprint
 from pipeline.planning.plan import LATER_BYTES, room_for

@@ -22,7 +22,7 @@ from cluster.watch.rows import Attempt
 from cluster.watch.state import State
 from cluster.watch.submitted import AsJob
 from pipeline.errors import ConfigError
-from pipeline.meter import human_bytes, human_seconds
+from pipeline.human import human_bytes, human_seconds
 from pipeline.progress import StopAsked
 
 

@@ -171,8 +171,8 @@ class SubmitConfig(Section):
 class RetryConfig(Section):
     """What happens after a failure."""
 
-    attempts: int = Field(default=5, ge=1)
-    """At one step of a release, before that is quarantined."""
+    attempts: int = Field(default=10, ge=1)
+    """At one step of a release, before that is quarantined; with the waits below, after some eight hours."""
 
     first_wait: Duration = 60.0
     longest_wait: Duration = 6 * 3600.0

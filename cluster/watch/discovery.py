@@ -13,38 +13,41 @@ from huggingface_hub import HfApi, metadata_load
 from cluster.watch import hub
 from cluster.watch.config import SourceConfig, WatchConfig
 from cluster.watch.filters import refusal, refused_name
-from cluster.watch.lifecycle import Found, Release
+from cluster.watch.lifecycle import Found
 from cluster.watch.state import State
 from pipeline.errors import SecateurError
+from pipeline.progress import StopAsked
 
 Say = Callable[[str], None]
 
 
-def discover(config: WatchConfig, state: State, api: HfApi, say: Say) -> list[Release]:
-    """Ask every source and remember what it shows; a source that fails is noted, and does not stop the others."""
-    new: list[Release] = []
+def discover(config: WatchConfig, state: State, api: HfApi, say: Say, stop_asked: StopAsked) -> None:
+    """Ask every source and remember what it shows; a source that fails is noted, and does not stop the others.
+
+    Once a stop is asked for, no further model is asked about: the next look does that.
+    """
     for source in config.sources:
         problems: list[str] = []
         try:
             for found in _shown_by(source, config, state, api, problems):
+                if stop_asked():
+                    return
                 why = refusal(found, config.filters, config.limits.disk, state.clock())
                 release = state.note(found, why)
                 if release is not None:
                     say(f"{release.label}: {'skipped: ' + why if why else 'found'}")
-                    new.append(release)
         except (SecateurError, OSError) as error:
             problems.append(hub.redacted(str(error)))
         for problem in problems:
             say(f"source {source.label}: {problem}")
         state.checked(source.label, "; ".join(problems))
-    return new
 
 
 def _shown_by(
     source: SourceConfig, config: WatchConfig, state: State, api: HfApi, problems: list[str]
 ) -> Iterator[Found]:
     if source.directory is not None:
-        yield from in_directory(source.directory, config.settle, state.clock())
+        yield from in_directory(source.directory, config.settle, state.clock(), problems)
         return
     if source.model is not None:
         heads: list[tuple[str, str | None]] = [(source.model, hub.head_of(api, source.model, source.revision))]
@@ -65,18 +68,25 @@ def _described(api: HfApi, state: State, name: str, commit: str) -> Found:
     return known.found if known is not None else hub.describe(api, name, commit)
 
 
-def in_directory(directory: Path, settle: float, now: float) -> Iterator[Found]:
+def in_directory(directory: Path, settle: float, now: float, problems: list[str]) -> Iterator[Found]:
     """Yield the models in a directory of models, but for those that changed less than `settle` seconds ago.
 
-    A file dated in the future counts by how far off it is, so that a clock set back does not hold it for ever.
+    A file dated in the future counts by how far off it is, so that a clock set back does not hold it for ever. What
+    cannot be read, or remembered by its name, joins the `problems`, and does not stop the others.
     """
     for path in sorted(directory.iterdir()):
-        with suppress(FileNotFoundError):  # removed while we look
+        try:
+            path.name.encode()
             if not (path / "config.json").is_file():
                 continue
             found, newest = look_at(path)
-            if abs(now - newest) >= settle:
-                yield found
+        except FileNotFoundError:  # removed while we look
+            continue
+        except (OSError, UnicodeError) as error:
+            problems.append(f"{str(path)!r} is passed over: {error}")
+            continue
+        if abs(now - newest) >= settle:
+            yield found
 
 
 def look_at(path: Path) -> tuple[Found, float]:
@@ -110,7 +120,7 @@ def _architectures(config: bytes) -> list[str]:
 
 def _licence(path: Path) -> str | None:
     """Return the licence that a model's card states."""
-    with suppress(OSError, ValueError, yaml.YAMLError):
+    with suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
         licence = (metadata_load(path / "README.md") or {}).get("license")
         return licence if isinstance(licence, str) else None
     return None

@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 from cluster.watch.config import FilterConfig
 from cluster.watch.lifecycle import Found
-from pipeline.meter import human_bytes, human_seconds
+from pipeline.human import human_bytes, human_seconds
 
 
 def refused_name(name: str, filters: FilterConfig) -> str:
@@ -41,7 +42,8 @@ def _refusals(found: Found, filters: FilterConfig, now: float) -> Iterator[str]:
         yield f"its weights are {human_bytes(found.num_bytes)}, more than filters.max_size"
     changed = facts.get("changed")
     if filters.max_age is not None and changed is not None and now - changed > filters.max_age:
-        yield f"it was last changed {human_seconds(now - changed)} ago, and filters.max_age is less"
+        day = f"{datetime.fromtimestamp(changed, UTC):%Y-%m-%d}"  # and not its age, which is another at every look
+        yield f"it was last changed on {day}, and filters.max_age is {human_seconds(filters.max_age)}"
 
 
 def _listed(value: Any) -> list[str]:

@@ -1,23 +1,28 @@
 """Whether a pruned model is good enough to be published: every check is made, and all that fail are named."""
 
 import json
-from collections.abc import Iterator, Mapping
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, TypeVar
 
 from cluster.watch.gate_config import GateConfig, TasksConfig
 from cluster.watch.tasks import evaluate_tasks
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import RunConfig
 from pipeline.errors import GateFailed
-from pipeline.meter import human_bytes
+from pipeline.human import human_bytes
 from pipeline.progress import Silent
 from pipeline.report import REPORT
 from pipeline.verify import verify
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,9 +103,9 @@ def _verified(run_directory: Path, source: Path) -> Check:
 def _tasks(config: TasksConfig, run: RunConfig) -> Iterator[Check]:
     """Evaluate tasks, each model in a process of its own, which gives its memory back."""
     assert run.model.path is not None
-    after = _in_own_process(run.output / "model", config, run.compute.device)
+    after = in_own_process(evaluate_tasks, run.output / "model", config, run.compute.device)
     needs_dense = any(task.max_drop is not None for task in config.tasks.values())
-    before = _in_own_process(run.model.path, config, run.compute.device) if needs_dense else {}
+    before = in_own_process(evaluate_tasks, run.model.path, config, run.compute.device) if needs_dense else {}
     for name, task in config.tasks.items():
         value, title = after[name], f"{name} {task.metric}"
         if task.min is None and task.max_drop is None:
@@ -112,6 +117,21 @@ def _tasks(config: TasksConfig, run: RunConfig) -> Iterator[Check]:
             yield Check(name=title, value=f"{value:.4f}", limit=limit, ok=value >= before[name] - task.max_drop)
 
 
-def _in_own_process(model: Path, config: TasksConfig, device: str) -> dict[str, float]:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(evaluate_tasks, model, config, device).result()
+def in_own_process(work: Callable[..., Result], *arguments: Any) -> Result:
+    """Return what a function returns in a process of its own, which leaves signals to the watcher and dies with it."""
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=_belong_to_parent) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def _belong_to_parent() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Wait for the parent's death: a pool's process would not notice it, and keep its memory for ever."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -40,8 +40,8 @@ class GateConfig(Section):
     max_perplexity: float | None = Field(default=None, gt=1)
     """The most that it may be; needs `job.evaluate`."""
 
-    sparsity_tolerance: float = Field(default=0.001, ge=0)
-    """How far the fraction removed may be from the one asked for."""
+    sparsity_tolerance: float = Field(default=0.005, ge=0)
+    """How far the fraction removed may be from the one asked for: each row rounds down, by less than one weight."""
 
     verify: bool = True
     """Hold every tensor on disk against its source and the ledger."""

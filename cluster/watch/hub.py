@@ -8,6 +8,7 @@ is taken out of every message should the hub or a library repeat it.
 import glob
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -22,13 +23,12 @@ from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
 from cluster.watch.lifecycle import Found
 from pipeline.checkpoint import INDEX_NAME, SINGLE_NAME
+from pipeline.durable import fsync_directory
 from pipeline.errors import CheckpointError, HubError, SecateurError
 from pipeline.hub import ALLOWED
 
-DESCRIBES = tuple(pattern for pattern in ALLOWED if "safetensors" not in pattern)
-"""What is fetched beside the weights: configuration, tokenizer, chat templates, licence."""
-
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _NUM_DOWNLOADS = 4
 _PIECE = 8 << 20
 
@@ -80,9 +80,17 @@ def head_of(api: HfApi, name: str, revision: str) -> str:
 
 
 def describe(api: HfApi, name: str, commit: str) -> Found:
-    """Return what a commit of a model holds; raises HubError."""
-    with hub_errors(f"asking what {name} holds"):
-        info = api.model_info(name, revision=commit, files_metadata=True)
+    """Return what a commit of a model holds; raises HubError.
+
+    A commit becomes part of paths, so it has to look like one.
+    """
+    if not _COMMIT.fullmatch(commit):
+        raise HubError(f"the hub calls {commit!r} a commit of {name}, which is none; is HF_ENDPOINT a hub?")
+    with hub_errors(f"asking what {name} holds"):  # what it answers too: the model's owner has written some of it
+        return _found_in(name, commit, api.model_info(name, revision=commit, files_metadata=True))
+
+
+def _found_in(name: str, commit: str, info: ModelInfo) -> Found:
     siblings = [file for file in info.siblings or [] if _is_wanted(file.rfilename)]
     files = {file.rfilename: {"size": file.size, **_digest(file)} for file in siblings}
     weights = [file for file in siblings if file.rfilename.endswith(".safetensors")]
@@ -168,6 +176,15 @@ def _fetch(found: Found, names: list[str], directory: Path) -> None:
             (directory / name).unlink(missing_ok=True)
             shutil.rmtree(directory / ".cache", ignore_errors=True)  # which remembers the file as good
             raise HubError(f"{name} of {found.name} arrived damaged: {problem}. It is fetched again")
+    _make_durable(directory, names)
+
+
+def _make_durable(directory: Path, names: list[str]) -> None:
+    """Write files through to the disk: the state, which is about to say that they are there, survives a power cut."""
+    for name in names:
+        with (directory / name).open("rb") as file:
+            os.fsync(file.fileno())
+    fsync_directory(directory)
 
 
 def _difference(path: Path, wanted: Mapping[str, Any]) -> str:

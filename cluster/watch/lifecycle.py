@@ -145,10 +145,13 @@ def advanced(release: Release, results: Mapping[str, Any], now: float) -> Releas
     return replace(release, step=step, failures=0, interruptions=0, results=merged, reason="", changed_at=now)
 
 
-def failed(release: Release, reason: str, policy: RetryPolicy, now: float) -> Release:
-    """Return a release whose attempt failed of what may pass: it waits, or is quarantined after too many."""
+def failed(release: Release, reason: str, policy: RetryPolicy, now: float, *, may_last: bool = False) -> Release:
+    """Return a release whose attempt failed of what may pass: it waits, or is quarantined after too many.
+
+    What `may_last` without being the release's fault is waited for however often it was met.
+    """
     failures, reason = release.failures + 1, f"{release.step}: {reason}"
-    if failures >= policy.attempts:
+    if failures >= policy.attempts and not may_last:
         return quarantined(replace(release, failures=failures), f"{reason} ({failures} attempts)", now)
     due = now + policy.wait(failures)
     return replace(release, status="waiting", failures=failures, reason=reason, due=due, changed_at=now)

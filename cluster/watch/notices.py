@@ -5,6 +5,7 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from http.client import HTTPException
 
 from cluster.watch.config import WebhookConfig
 from cluster.watch.rows import Notice
@@ -58,5 +59,5 @@ def _post(address: str, notice: Notice) -> str:
     except urllib.error.HTTPError as error:
         error.close()
         return f"status {error.code}"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         return type(error).__name__

@@ -19,10 +19,11 @@ from cluster.watch.hub import hub_errors
 from cluster.watch.lifecycle import Found
 from pipeline.checkpoint import INDEX_NAME
 from pipeline.durable import fsync_directory, write_atomically
-from pipeline.errors import StorageError
+from pipeline.errors import ConfigError, StorageError
 from pipeline.sparsity import SemiStructured, Sparsity
 
 CARD = "README.md"
+_MARK = "secateur: "
 
 
 class Publisher(Protocol):
@@ -92,27 +93,29 @@ class HubPublisher:
 
     def find(self, found: Found) -> str:
         """Return the commit whose title is the release's."""
-        name = self._name(found)
-        with hub_errors(f"looking for {found.name} in {name}"):
-            try:
-                commits = self._api.list_repo_commits(name)
-            except RepositoryNotFoundError:
-                return ""
-        return next((f"{name}@{c.commit_id}" for c in commits if c.title == _title(found)), "")
+        commit = self._commits(found).get(_title(found))
+        return f"{self._name(found)}@{commit}" if commit else ""
 
     def publish(self, found: Found, model: Path, card: str) -> str:
         """Make the repository if need be, and one commit of all files, on top of the one that was looked at.
 
-        The commit names its parent, so the hub refuses it where somebody else has committed meanwhile.
+        The commit names its parent, so the hub refuses it where somebody else has committed meanwhile. Raises
+        ConfigError where the repository is that of another organisation's model.
         """
         name = self._name(found)
         with hub_errors(f"making the repository {name}"):
             self._api.create_repo(name, private=self._private, exist_ok=True)
         with hub_errors(f"asking what is in {name}"):
             info = self._api.model_info(name)  # before looking for the commit: what comes after has another parent
-        there = self.find(found)
-        if there:
-            return there
+        commits = self._commits(found)
+        if _title(found) in commits:
+            return f"{name}@{commits[_title(found)]}"
+        others = [title for title in commits if title.startswith(_MARK) and not title.startswith(_mark(found.name))]
+        if others:
+            raise ConfigError(
+                f"{name} holds another model of the same name ({others[0]}), which this one would take the place of; "
+                "watch them by two files whose `publish.repository` differ"
+            )
         files = {path.relative_to(model).as_posix(): path for path in sorted(model.rglob("*")) if path.is_file()}
         old = [file.rfilename for file in info.siblings or [] if _is_weights(file.rfilename)]
         with hub_errors(f"publishing {found.name} to {name}"):
@@ -128,12 +131,25 @@ class HubPublisher:
             )
         return f"{name}@{commit.oid}"
 
+    def _commits(self, found: Found) -> dict[str, str]:
+        """Return the newest commit of each title; none where there is no repository."""
+        name = self._name(found)
+        with hub_errors(f"looking for {found.name} in {name}"):
+            try:
+                return {commit.title: commit.commit_id for commit in reversed(self._api.list_repo_commits(name))}
+            except RepositoryNotFoundError:
+                return {}
+
     def _name(self, found: Found) -> str:
         return self._template.format(name=found.name.rpartition("/")[2], sparsity=self._sparsity)
 
 
 def _title(found: Found) -> str:
-    return f"secateur: {found.name}@{found.revision}"
+    return f"{_mark(found.name)}{found.revision}"
+
+
+def _mark(name: str) -> str:
+    return f"{_MARK}{name}@"
 
 
 def _is_weights(name: str) -> bool:

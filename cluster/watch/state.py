@@ -62,8 +62,8 @@ class State:
         """Open a state file, or begin one; raises StateError where it is no state file of this version."""
         self.path, self.clock = path, clock
         self._locks = path.with_name(path.name + ".locks")
-        self._locks.mkdir(parents=True, exist_ok=True)
         with self._transaction() as db:
+            self._locks.mkdir(exist_ok=True)
             (version,) = db.execute("PRAGMA user_version").fetchone()
             if version == 0:
                 for statement in SCHEMA.split(";"):
@@ -103,7 +103,7 @@ class State:
         """Take the first release that is due and that the limits leave room for; None where there is none.
 
         A model's revisions are taken one after the other, in the order in which they were found. A release that was
-        interrupted too often is quarantined on the way.
+        interrupted too often is quarantined as it is taken: there is nothing to do for it but to clear away.
         """
         with self._transaction() as db:
             releases = _many(db, f"status IN ({', '.join('?' * len(OPEN))})", OPEN)
@@ -201,9 +201,8 @@ class State:
             db.execute(query, (now, release.step, release.number))
         _write(db, taken)
         if taken.status != "running":
-            os.close(lock)
             _tell(db, taken, now)
-            return None
+            return Claim(taken, 0, lock)
         owner = f"process {os.getpid()} on host {socket.gethostname()}"
         query = "INSERT INTO attempts (release, owner, began, step) VALUES (?, ?, ?, ?)"
         attempt = db.execute(query, (release.number, owner, now, release.step)).lastrowid
@@ -233,11 +232,11 @@ class State:
         """
         try:
             with closing(sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)) as db:
-                db.execute("PRAGMA synchronous = FULL")
+                db.execute("PRAGMA synchronous = EXTRA")
                 db.execute("BEGIN IMMEDIATE")
                 yield db  # what is raised here leaves the transaction open, and closing undoes it
                 db.execute("COMMIT")
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             raise StateError(
                 f"{self.path} cannot be used as a watcher's state: {error}. If it is damaged, restore it from a copy, "
                 "or name a new file: what was published is found at its place, and not published again"

@@ -33,6 +33,7 @@ from pipeline.errors import (
     ConfigChanged,
     ConfigError,
     GateFailed,
+    NoRoom,
     NumericsError,
     ReleaseChanged,
     RunLocked,
@@ -40,9 +41,8 @@ from pipeline.errors import (
     SecateurError,
     UnsupportedCheckpoint,
     VerificationError,
-    WatchError,
 )
-from pipeline.meter import human_bytes
+from pipeline.human import human_bytes
 from pipeline.planning.plan import make_plan
 from pipeline.progress import StopAsked
 from pipeline.run import counted
@@ -54,6 +54,9 @@ WOULD_COME_AGAIN = (
 
 BUSY_SECONDS = 30.0
 """Before a release whose run directory another process still holds is looked at again."""
+
+LOG = "log.txt"
+"""What the pruning of a release said, in its directory."""
 
 Say = Callable[[str], None]
 
@@ -81,8 +84,7 @@ class Worker:
             self._write_down(claim, error)
         finally:
             release = claim.release
-            if release.status not in lifecycle.OPEN:
-                shutil.rmtree(self.directory_of(release.found), ignore_errors=True)
+            self._clear_away(release)
             claim.let_go()
         outcome = release.location or release.reason
         self._say(f"{label}: {release.status}{': ' + outcome if outcome else ''}")
@@ -90,13 +92,24 @@ class Worker:
     def sweep(self) -> None:
         """Remove the files of releases that have come to an end, left by a process killed before it did."""
         for release in self._state.releases():
-            if release.status not in lifecycle.OPEN:
-                shutil.rmtree(self.directory_of(release.found), ignore_errors=True)
+            self._clear_away(release)
 
     def directory_of(self, found: Found) -> Path:
         """Return where a release is worked on: a name of its own, whatever state file knows it."""
         digest = hashlib.sha256(f"{found.name}@{found.revision}".encode()).hexdigest()[:12]
         return self._config.work / f"{re.sub(r'[^A-Za-z0-9._-]', '-', found.name)}-{digest}"
+
+    def _clear_away(self, release: Release) -> None:
+        """Remove the files of a release that has come to an end, but for the log of one that needs a person."""
+        if release.status in lifecycle.OPEN:
+            return
+        own = self.directory_of(release.found)
+        if release.status == "quarantined" and (own / LOG).exists():
+            for path in own.iterdir():
+                if path.name != LOG:
+                    shutil.rmtree(path, ignore_errors=True)
+        else:
+            shutil.rmtree(own, ignore_errors=True)
 
     def _write_down(self, claim: Claim, error: Exception) -> None:
         message = error.message if isinstance(error, SecateurError) else f"{type(error).__name__}: {error}"
@@ -111,8 +124,9 @@ class Worker:
             step = claim.release.step
             self._state.change(claim, lambda release, now: lifecycle.quarantined(release, f"{step}: {reason}", now))
         else:
+            failed = partial(lifecycle.failed, may_last=isinstance(error, NoRoom))
             policy = self._config.retry_policy
-            self._state.change(claim, lambda release, now: lifecycle.failed(release, reason, policy, now))
+            self._state.change(claim, lambda release, now: failed(release, reason, policy, now))
 
     def _plan(self, claim: Claim) -> None:
         found = claim.release.found
@@ -130,16 +144,16 @@ class Worker:
             self._advance(claim, {})
 
     def _refused_by_plan(self, found: Found) -> str:
-        """Say why a release does not fit here; empty where it does. Raises WatchError where it does not just now."""
+        """Say why a release does not fit here; empty where it does. Raises NoRoom where it does not just now."""
+        self._require_room(found)
         directory = self._planned_directory(found)
         run = self._config.run_config(directory, self.directory_of(found) / "run")
-        self._require_room(found)
         if run.cluster is not None or self._config.submit is not None:
             return ""  # whoever prunes it plans for themselves
         plan = make_plan(counted(run, directory), directory, None)
         shutil.rmtree(self.directory_of(found) / "shell", ignore_errors=True)
         if plan.refused and not run.memory.is_managed:
-            raise WatchError(f"it does not fit into the memory that is free now: {'; '.join(plan.refused)}")
+            raise NoRoom(f"it does not fit into the memory that is free now: {'; '.join(plan.refused)}")
         return "; ".join(plan.refused)
 
     def _planned_directory(self, found: Found) -> Path:
@@ -156,7 +170,7 @@ class Worker:
         self._config.work.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self._config.work).free
         if found.disk_bytes > free:
-            raise WatchError(
+            raise NoRoom(
                 f"it takes {human_bytes(found.disk_bytes)} of disk, and {human_bytes(free)} are free in "
                 f"{self._config.work}; it is tried again when there is more"
             )
@@ -172,11 +186,11 @@ class Worker:
         own, run = self.directory_of(found), self._run(found)
         own.mkdir(parents=True, exist_ok=True)
         try:
-            self._pruner(run, own / "log.txt", self._stop_asked)
+            self._pruner(run, own / LOG, self._stop_asked)
         except ConfigChanged as error:
             self._say(f"{claim.release.label}: begun anew, for it was begun with other settings: {error.message}")
             shutil.rmtree(run.output)
-            self._pruner(run, own / "log.txt", self._stop_asked)
+            self._pruner(run, own / LOG, self._stop_asked)
         self._source(found)
         self._advance(claim, {})
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cluster.jobs import EXIT_REFUSED, JobFacts, JobServer
 from cluster.submit import Wishes, explain, submit
-from pipeline.config import RunConfig
+from pipeline.config import RunConfig, resolved
 from pipeline.errors import BudgetExceeded, ClusterUnreachable, ConfigError, RunStopped, StageFailed
 from pipeline.progress import StopAsked
 
@@ -34,7 +34,7 @@ class AsJob:
         """
         job = self._under_way(config.output)
         if job is None:
-            job = submit(self._server, config, self._wishes, self._say)
+            job = submit(self._server, resolved(config), self._wishes, self._say)
             self._say(f"submitted {job} to {self._server.address}")
         facts = self._wait(job, stop_asked)
         log.write_text(self._server.log(job), encoding="utf-8")

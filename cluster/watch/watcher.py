@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from pathlib import Path
 
 from huggingface_hub import HfApi
 
@@ -16,7 +17,7 @@ from cluster.watch.schedule import ClockWatch, Ticker
 from cluster.watch.state import Clock, State
 from cluster.watch.steps import Worker
 from pipeline.config import PruneConfig
-from pipeline.errors import ConfigError, RunStopped
+from pipeline.errors import ConfigError, RunStopped, StorageError
 from pipeline.progress import StopAsked
 
 LOOK_SECONDS = 1.0
@@ -38,14 +39,26 @@ def _workers(count: int) -> Iterator[ThreadPoolExecutor]:
     pool.shutdown()
 
 
+def _make(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"cannot make {directory}: {error.strerror}; make it writable, or name another as `work` or for `state`"
+        ) from None
+
+
 class Watcher:
-    """Carries out one watch configuration; several may share a state file."""
+    """Carries out one watch configuration; several may share a state file.
+
+    Raises StorageError where its directories cannot be made, StateError where the state file cannot be used.
+    """
 
     def __init__(
         self, config: WatchConfig, pruner: Pruner, api: HfApi, say: Say, stop_asked: StopAsked, clock: Clock = time.time
     ) -> None:
-        config.work.mkdir(parents=True, exist_ok=True)
-        config.state.parent.mkdir(parents=True, exist_ok=True)
+        for directory in (config.work, config.state.parent):
+            _make(directory)
         self._config, self._api, self._say, self._stop_asked = config, api, say, stop_asked
         self.state = State(config.state, clock)
         prune = PruneConfig.model_validate(config.job.get("prune", {}))
@@ -58,7 +71,7 @@ class Watcher:
         Raises RunStopped where a stop is asked for meanwhile.
         """
         self._worker.sweep()
-        discover(self._config, self.state, self._api, self._say)
+        discover(self._config, self.state, self._api, self._say, self._stop_asked)
         with _workers(self._config.limits.jobs) as pool:
             running: set[Future[None]] = set()
             while self._fill(pool, running):
@@ -80,7 +93,7 @@ class Watcher:
                     self._realign(ticker, clock)
                     if ticker.due.is_set():
                         ticker.due.clear()
-                        discover(self._config, self.state, self._api, self._say)
+                        discover(self._config, self.state, self._api, self._say, self._stop_asked)
                         self._say(f"next look at the sources: {ticker.next_time():%Y-%m-%d %H:%M:%S}")
                     self._fill(pool, running)
                     self._deliver()

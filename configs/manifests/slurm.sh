@@ -19,12 +19,11 @@ readonly GO_ON=75      # the exit status of a run that stopped as asked
 [ $# -ge 1 ] || { echo "usage: sbatch $0 CONFIG [--set KEY=VALUE …]" >&2; exit 2; }
 
 # A token of this job's own: whoever shares the nodes cannot use its Ray.
-umask 077
 mkdir -p "$HOME/.ray"
 export RAY_AUTH_MODE=token
 export RAY_AUTH_TOKEN_PATH=$HOME/.ray/slurm-$SLURM_JOB_ID.token
 unset RAY_AUTH_TOKEN
-python -c 'import secrets; print(secrets.token_hex(32), end="")' > "$RAY_AUTH_TOKEN_PATH"
+(umask 077; python -c 'import secrets; print(secrets.token_hex(32), end="")' > "$RAY_AUTH_TOKEN_PATH")
 
 # Ray's files of this job's own too, on each node: others may have theirs under /tmp/ray.
 export RAY_TMPDIR=${TMPDIR:-/tmp}/secateur-$SLURM_JOB_ID RAY_free_objects_batch_size=1

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from pipeline.budget import Place
+from pipeline.human import human_bytes
 from pipeline.memory_config import Tier
-from pipeline.meter import human_bytes
 from pipeline.planning.footprint import Choice, footprint
 from pipeline.planning.held import Phase
 from pipeline.planning.scale import Scale

@@ -209,8 +209,8 @@ def test_doctor_builds_when_asked_and_prints_one_object(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built: list[bool] = []
-    monkeypatch.setattr("cluster.cli.is_built", lambda: bool(built))
-    monkeypatch.setattr("cluster.cli.build_aio", lambda: built.append(True))
+    monkeypatch.setattr("pipeline.paging.aio.is_built", lambda: bool(built))
+    monkeypatch.setattr("pipeline.paging.aio.build", lambda: built.append(True))
     status, output, said = call("doctor", "--spool", tmp_path, "--build", "--json")
     found = only_object(output)
     assert (status, built) == (0, [True])

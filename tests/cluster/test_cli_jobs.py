@@ -1,6 +1,8 @@
 """The commands about jobs, as their users call them, against a job server in memory."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -121,3 +123,12 @@ def test_without_ray_the_way_to_install_it_is_told(call: Call, monkeypatch: pyte
     status, _, said = call("list", "--address", "http://head:8265")
     assert status == 1
     assert "jobs on a cluster need ray, which is not installed; pip install 'secateur[cluster]'" in said
+
+
+def test_commands_about_jobs_answer_at_once_for_nothing_heavy_is_imported() -> None:
+    heavy = {"torch", "transformers", "datasets", "pydantic", "ray", "apscheduler"}
+    code = f"import sys, cluster.cli; print(sorted({heavy} & sys.modules.keys()))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"

@@ -60,3 +60,10 @@ def test_settings_that_hold_a_secret_are_refused_without_showing_it() -> None:
         refuse_secrets("model: {hub: org/name?token=hf_abcdefgh}", {"HF_TOKEN": "hf_abcdefgh"})
     assert "hf_abcdefgh" not in caught.value.message
     refuse_secrets("model: {hub: org/name}", {"HF_TOKEN": "hf_abcdefgh", "RAY_AUTH_TOKEN": "org"})
+
+
+def test_settings_that_hold_a_token_of_the_hub_from_anywhere_are_refused() -> None:
+    token = "hf_" + "aB3" * 11
+    with pytest.raises(ConfigError, match=r"the settings hold what looks like a token of the Hugging Face") as caught:
+        refuse_secrets(f"model: {{hub: org/name?token={token}}}", {})
+    assert token not in caught.value.message

@@ -7,10 +7,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
 
 import pytest
+from ray.job_submission import JobDetails, JobStatus, JobType
 
 from cluster import job_client
 from cluster.credentials import Token
 from cluster.job_client import RayJobs, server_url
+from cluster.jobs import GRACE
 from pipeline.errors import ClusterUnreachable, ConfigError, SubmissionError
 
 TOKEN = Token(value="0123456789abcdef", origin="RAY_AUTH_TOKEN")
@@ -66,6 +68,17 @@ def test_the_address_that_is_given_wins_over_the_environment(
 def test_an_address_of_another_kind_is_refused(named: str) -> None:
     with pytest.raises(ConfigError, match=rf"'{named}' is not the URL of a Ray job server, such as http://HEAD:8265"):
         server_url(named, {})
+
+
+def test_an_address_that_is_no_url_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the address of the cluster is no URL: Invalid IPv6 URL"):
+        server_url("http://[::1", {})
+
+
+@pytest.mark.parametrize(("written", "seconds"), [("1800", 1800.0), ("30m", 0.0), ("", 0.0)])
+def test_a_grace_that_a_person_has_written_amiss_does_not_hide_the_other_jobs(written: str, seconds: float) -> None:
+    details = JobDetails(type=JobType.SUBMISSION, status=JobStatus.RUNNING, entrypoint="", metadata={GRACE: written})
+    assert job_client._facts(details).grace == seconds
 
 
 def test_without_an_address_both_ways_to_give_one_are_named() -> None:

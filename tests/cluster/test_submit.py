@@ -8,7 +8,7 @@ import pytest
 
 from cluster import submit as submitting
 from cluster.submit import Wishes, explain, stop, submit
-from pipeline.config import RunConfig, parse_config
+from pipeline.config import RunConfig, parse_config, resolved
 from pipeline.errors import ClusterUnreachable, ConfigError, SubmissionError
 from tests.cluster.fake_jobs import LOST, FakeJobs, some_facts
 
@@ -27,7 +27,7 @@ def config(**sections: Any) -> RunConfig:
 
 def submitted(server: FakeJobs, settings: RunConfig, wishes: Wishes | None = None) -> tuple[str, str]:
     said: list[str] = []
-    return submit(server, settings, wishes or Wishes(), said.append), "\n".join(said)
+    return submit(server, resolved(settings), wishes or Wishes(), said.append), "\n".join(said)
 
 
 def test_a_job_carries_its_wishes_and_nothing_of_the_environment() -> None:

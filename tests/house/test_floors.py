@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 FLOORS = {
-    0: "pipeline: allocation_config budget cluster_config devices durable errors header heap lazy_weights "
+    0: "pipeline: allocation_config budget cluster_config devices durable errors header heap human lazy_weights "
     "memory_config meter numerics peers progress records shard_names sparsity stream_names",
     1: "pipeline: allocation methods shards statistics",
     2: "pipeline: calibration checkpoint config hub ledger paging recipe shape shape_record sharing shelf sources",

@@ -177,6 +177,17 @@ def test_the_slurm_script_passes_a_stop_on_and_goes_back_into_the_queue_near_its
     assert ("scontrol requeue 4711" in calls(allocation)) == requeued
 
 
+def test_the_slurm_script_hides_its_token_and_not_the_models(allocation: dict[str, str]) -> None:
+    script = SLURM.read_text()
+    start = script.index("mkdir -p")
+    written = script[start : script.index("# Ray's files")] + 'touch "$HOME/model"\n'
+    command = ["bash", "-c", "umask 022\n" + written]
+    subprocess.run(command, env=allocation, capture_output=True, timeout=60, check=True)
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in Path(allocation["HOME"]).rglob("*")}
+    assert modes["slurm-4711.token"] == "0o600"
+    assert modes["model"] == "0o644"
+
+
 def test_the_slurm_script_gives_the_exit_status_of_a_run_that_fails(allocation: dict[str, str]) -> None:
     done = subprocess.run([SLURM, "job.yaml"], env={**allocation, "WORK": "3"}, timeout=60, check=False)
     assert done.returncode == 3

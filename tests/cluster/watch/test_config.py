@@ -24,6 +24,12 @@ def problems(plain: dict[str, Any]) -> str:
     return refused.value.message
 
 
+def test_an_outage_of_a_night_quarantines_nothing_unless_asked(plain: dict[str, Any]) -> None:
+    del plain["retry"]
+    policy = validated(WatchConfig, plain, "the test").retry_policy
+    assert sum(policy.wait(failures) for failures in range(1, policy.attempts)) > 8 * 3600
+
+
 def test_a_file_is_read_with_its_paths_made_absolute(
     plain: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

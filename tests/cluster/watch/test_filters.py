@@ -36,11 +36,16 @@ def test_a_release_that_is_as_asked_is_wanted(filters: dict[str, Any]) -> None:
         ({"exclude": ["tiny$"]}, "its name matches tiny$ of filters.exclude"),
         ({"min_size": 101}, "its weights are 100 B, less than filters.min_size"),
         ({"max_size": 99}, "its weights are 100 B, more than filters.max_size"),
-        ({"max_age": "999s"}, "it was last changed 16 min 40 s ago, and filters.max_age is less"),
+        ({"max_age": "999s"}, "it was last changed on 1970-01-12, and filters.max_age is 16 min 39 s"),
     ],
 )
 def test_a_release_that_is_not_as_asked_is_refused_with_the_figures(filters: dict[str, Any], reason: str) -> None:
     assert refusal(found(), FilterConfig.model_validate(filters), None, NOW) == reason
+
+
+def test_a_release_that_is_too_old_is_refused_in_the_same_words_however_old_it_gets() -> None:
+    filters = FilterConfig.model_validate({"max_age": "999s"})
+    assert refusal(found(), filters, None, NOW) == refusal(found(), filters, None, NOW + 86_400)
 
 
 def test_what_is_not_stated_is_refused_where_it_matters() -> None:

@@ -1,6 +1,7 @@
 """The hub through its own client: what a revision holds, files held against their hashes, nothing else fetched."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -190,3 +191,31 @@ def test_a_token_is_taken_out_of_any_message(hub: HubServer, monkeypatch: pytest
     assert access.redacted(f"Bearer {TOKEN}, or hf_AnotherOne123") == "Bearer (token), or (token)"
     monkeypatch.setenv("HF_TOKEN", "an old kind of token")
     assert access.redacted("sent an old kind of token") == "sent (token)"
+
+
+def test_a_config_that_its_owner_has_written_amiss_is_the_hubs_error_and_no_crash(
+    hub: HubServer, api: HfApi, tiny: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(tiny, tmp_path / "amiss"))
+    (copy / "config.json").write_text('{"architectures": 5}')
+    with pytest.raises(HubError, match="while asking what acme/tiny holds: TypeError"):
+        access.describe(api, "acme/tiny", hub.push("acme/tiny", copy))
+
+
+def test_a_commit_that_is_a_path_is_refused(hub: HubServer, api: HfApi) -> None:
+    with pytest.raises(HubError, match=r"the hub calls '\.\./\.\./etc' a commit of acme/tiny, which is none"):
+        access.describe(api, "acme/tiny", "../../etc")
+    assert hub.requests == []
+
+
+def test_what_was_fetched_is_on_the_disk_before_that_is_said(
+    hub: HubServer, api: HfApi, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = access.describe(api, "acme/tiny", hub.push("acme/tiny", model))
+    synced: set[int] = set()
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.add(os.fstat(fd).st_ino))
+    access.fetch_weights(found, _described(found, tmp_path))
+    source = tmp_path / "source"
+    shards = list(source.glob("*.safetensors"))
+    assert shards
+    assert {path.stat().st_ino for path in [source, *shards]} <= synced

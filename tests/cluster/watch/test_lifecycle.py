@@ -62,6 +62,13 @@ def test_a_failure_waits_and_one_too_many_quarantines_with_its_reason() -> None:
     assert (at.status, at.reason) == ("quarantined", "plan: no network (3 attempts)")
 
 
+def test_what_is_nobodys_fault_is_waited_for_however_often_it_is_met() -> None:
+    at = lifecycle.taken(release(), POLICY, 1.0)
+    for _ in range(5 * POLICY.attempts):
+        at = lifecycle.failed(at, "no room", POLICY, 10.0, may_last=True)
+        assert (at.status, at.reason, at.due) == ("waiting", "plan: no room", 10.0 + POLICY.wait(at.failures))
+
+
 def test_a_completed_step_forgives_earlier_failures() -> None:
     at = release(status="running", failures=2, interruptions=2)
     done = lifecycle.advanced(at, {}, 2.0)

@@ -1,6 +1,7 @@
 """News to a webhook, a server of this machine: delivered, tried again, given up, and never told with its address."""
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -113,6 +114,22 @@ def test_a_server_that_is_not_there_is_told_later(state: State, clock: Clock, li
     clock.now += 15
     deliver(WebhookConfig(url=listener.address), state, pytest.fail)
     assert [told["event"] for told in listener.told] == ["published"]
+
+
+def test_a_server_that_speaks_no_http_is_told_later(state: State) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=talk_nonsense, args=(server,))
+        thread.start()
+        deliver(WebhookConfig(url=f"http://127.0.0.1:{server.getsockname()[1]}{SECRET}"), state, pytest.fail)
+        thread.join()
+    assert [notice.tries for notice in state.notices()] == [1]
+
+
+def talk_nonsense(server: socket.socket) -> None:
+    connection, _ = server.accept()
+    with connection:
+        connection.recv(65_536)
+        connection.sendall(b"nonsense\r\n\r\n")
 
 
 def test_a_secret_address_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

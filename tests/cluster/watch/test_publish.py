@@ -8,7 +8,7 @@ from huggingface_hub import HfApi
 
 from cluster.watch.config import PublishConfig
 from cluster.watch.publish import DirectoryPublisher, HubPublisher, open_publisher, sparsity_label
-from pipeline.errors import HubError, StorageError
+from pipeline.errors import ConfigError, HubError, StorageError
 from pipeline.sparsity import parse_sparsity
 from tests.cluster.watch.releases import found
 from tests.hub_server import HubServer, Trouble
@@ -111,20 +111,31 @@ def test_a_commit_on_top_of_somebody_elses_is_refused_and_tried_again(
 ) -> None:
     publisher.publish(found(), tiny, CARD)
     repository = hub.repositories["me/tiny-50pct"]
-    original = HubPublisher.find
+    original = HubPublisher._commits
 
-    def find_late(self: HubPublisher, release: object) -> str:
+    def look_early(self: HubPublisher, release: object) -> dict[str, str]:
         there = original(self, release)  # type: ignore[arg-type]
         hub.commit(repository, "by hand", repository.commits[-1].files)
         return there
 
-    monkeypatch.setattr(HubPublisher, "find", find_late)
+    monkeypatch.setattr(HubPublisher, "_commits", look_early)
     with pytest.raises(HubError, match="412"):
         publisher.publish(found(revision="2" * 40), tiny, "another card")
     assert len(hub.titles("me/tiny-50pct")) == 1
-    monkeypatch.setattr(HubPublisher, "find", original)
+    monkeypatch.setattr(HubPublisher, "_commits", original)
     publisher.publish(found(revision="2" * 40), tiny, "another card")
     assert len(hub.titles("me/tiny-50pct")) == 2
+
+
+def test_another_organisations_model_of_the_same_name_does_not_take_its_place(
+    publisher: HubPublisher, hub: HubServer, tiny: Path
+) -> None:
+    publisher.publish(found(), tiny, CARD)
+    with pytest.raises(
+        ConfigError, match=r"me/tiny-50pct holds another model of the same name \(secateur: acme/tiny@1"
+    ):
+        publisher.publish(found(name="other/tiny"), tiny, CARD)
+    assert len(hub.titles("me/tiny-50pct")) == 1
 
 
 def test_with_every_third_request_failing_a_commit_is_whole_and_there_is_one(

@@ -24,8 +24,22 @@ def test_an_interval_says_when() -> None:
 
 
 @pytest.mark.parametrize(
-    "schedule", [ScheduleConfig(cron="every now and then"), ScheduleConfig(cron="0 * * * *", timezone="Mars/Olympus")]
-)
+    ("field", "days"),
+    [("0", "Sun"), ("7", "Sun"), ("1-5", "Mon Tue Wed Thu Fri"), ("0-6/3", "Sun Wed Sat"), ("5-7", "Fri Sat Sun"),
+     ("6,1", "Mon Sat"), ("sun,2", "Sun Tue"), ("*", "Mon Tue Wed Thu Fri Sat Sun")],
+)  # fmt: skip
+def test_days_of_the_week_are_those_of_cron(field: str, days: str) -> None:
+    trigger = make_trigger(ScheduleConfig(cron=f"0 12 * * {field}", timezone="UTC"))
+    begin = datetime(2026, 1, 5, tzinfo=UTC)  # a Monday
+    fires = {trigger.get_next_fire_time(None, begin + timedelta(days=day)).strftime("%a") for day in range(7)}
+    assert fires == set(days.split())
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [ScheduleConfig(cron="every now and then"), ScheduleConfig(cron="0 * * * *", timezone="Mars/Olympus"),
+     ScheduleConfig(cron="0 0 31 2 *"), ScheduleConfig(cron="0 0 * * 5-1")],
+)  # fmt: skip
 def test_a_schedule_that_makes_no_sense_is_refused(schedule: ScheduleConfig) -> None:
     with pytest.raises(ConfigError, match=r"is no schedule: .*A cron line has five fields"):
         make_trigger(schedule)

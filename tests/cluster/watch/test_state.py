@@ -284,8 +284,14 @@ def test_a_release_that_kills_every_process_is_quarantined(state: State) -> None
     state.note(found(), "")
     for _ in range(POLICY.interruptions + 1):
         take(state).let_go()  # as the kernel does for a process that dies
+    take(state).let_go()  # to be cleared away
     assert state.claim(MANY, POLICY) is None
     (release,) = state.releases()
     assert release.status == "quarantined"
     assert [notice.body["event"] for notice in state.notices()] == ["quarantined"]
     assert partial(state.is_worked_on, release)() is False
+
+
+def test_what_is_committed_survives_a_power_cut_at_once(state: State) -> None:
+    with state._transaction() as db:
+        assert db.execute("PRAGMA synchronous").fetchone() == (3,)  # EXTRA: the journal's end is on disk too

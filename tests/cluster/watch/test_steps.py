@@ -1,14 +1,17 @@
 """What becomes of a release whose work is cut off, held elsewhere, begun with other settings, or tells secrets."""
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cluster.watch.discovery import discover
+from cluster.watch.hub import new_api
 from cluster.watch.pruning import InThisProcess
 from pipeline.config import RunConfig
-from pipeline.errors import RunLocked, RunStopped
+from pipeline.errors import NumericsError, RunLocked, RunStopped, StateError, StorageError
 from pipeline.progress import StopAsked
 from pipeline.run import run
 from tests.cluster.watch.conftest import TOKEN
@@ -81,6 +84,80 @@ def test_a_run_begun_with_other_settings_is_begun_anew(
     assert [release.status for release in watch.once()] == ["published"]
     assert any("begun anew, for it was begun with other settings" in line for line in watch.said)
     assert list(hub.titles("me/tiny-25pct"))
+
+
+def test_what_a_quarantined_release_said_stays_and_goes_with_its_publication(
+    hub: HubServer, tiny: Path, text: Path, tmp_path: Path, clock: Clock
+) -> None:
+    hub.push("acme/tiny", tiny)
+
+    class Failing:
+        def __call__(self, config: RunConfig, log: Path, stop_asked: StopAsked) -> None:
+            log.write_text("what went wrong\n")
+            raise NumericsError(f"its output is in {log}")
+
+    watch = Watch(settings(tmp_path, text), clock, Failing())
+    (release,) = watch.once()
+    own = watch.watcher._worker.directory_of(release.found)
+    assert release.status == "quarantined"
+    assert release.reason.endswith(f"{own}/log.txt")
+    watch.once()  # which sweeps
+    assert [path.name for path in own.iterdir()] == ["log.txt"]
+    watch.watcher.state.revive("acme/tiny")
+    assert [release.status for release in Watch(settings(tmp_path, text), clock).once()] == ["published"]
+    assert not own.exists()
+
+
+def test_a_release_that_kills_every_watcher_is_cleared_away_by_the_one_that_says_so(
+    hub: HubServer, tiny: Path, text: Path, tmp_path: Path, clock: Clock
+) -> None:
+    hub.push("acme/tiny", tiny)
+    watch = Watch(settings(tmp_path, text, retry={"interruptions": 0}), clock)
+    discover(watch.config, watch.watcher.state, new_api(), watch.said.append, lambda: False)
+    claim = watch.watcher.state.claim(watch.config.ceilings, watch.config.retry_policy)
+    assert claim is not None
+    own = watch.watcher._worker.directory_of(claim.release.found)
+    (own / "source").mkdir(parents=True)
+    claim.let_go()  # as the kernel does for a process that dies
+    assert [release.status for release in watch.once()] == ["quarantined"]
+    assert not own.exists()
+    assert any("quarantined: plan: the process died 1 times" in line for line in watch.said)
+
+
+def test_a_release_without_room_waits_for_it_however_long(
+    hub: HubServer, tiny: Path, text: Path, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.push("acme/tiny", tiny)
+    full = shutil.disk_usage(tmp_path)._replace(free=0)
+    with monkeypatch.context() as patch:
+        patch.setattr("cluster.watch.steps.shutil.disk_usage", lambda path: full)
+        for tries in range(1, 6):
+            (release,) = Watch(settings(tmp_path, text), clock).once()
+            assert (release.status, release.failures) == ("waiting", tries)
+            clock.now = release.due
+    assert "of disk, and 0 B are free in" in release.reason
+    assert [release.status for release in Watch(settings(tmp_path, text), clock).once()] == ["published"]
+
+
+def test_a_stop_is_heeded_between_two_models_of_a_source(
+    hub: HubServer, tiny: Path, text: Path, tmp_path: Path, clock: Clock
+) -> None:
+    for name in ("acme/a", "acme/b", "acme/c"):
+        hub.push(name, tiny)
+    watch = Watch(settings(tmp_path, text), clock, stop_asked=lambda: bool(watch.releases))
+    with pytest.raises(RunStopped):
+        watch.once()
+    assert len(watch.releases) == 1
+
+
+def test_a_directory_that_cannot_be_made_is_named(text: Path, tmp_path: Path, clock: Clock) -> None:
+    (tmp_path / "work").write_text("in the way")
+    with pytest.raises(StorageError, match=r"cannot make .*/work: File exists; make it writable, or name another"):
+        Watch(settings(tmp_path, text), clock)
+    (tmp_path / "work").unlink()
+    (tmp_path / "state.db.locks").write_text("in the way")
+    with pytest.raises(StateError, match=r"state\.db cannot be used as a watcher's state: .*File exists"):
+        Watch(settings(tmp_path, text), clock)
 
 
 def test_the_token_is_in_no_log_state_card_or_configuration(
