@@ -33,17 +33,21 @@ class StoppedAtOnce(BaseException):
     """A second signal. Not a KeyboardInterrupt, of which typer makes an exit status of its own."""
 
 
-def stop_on_signals() -> Callable[[], bool]:
-    """Return a question that turns true at the first SIGINT or SIGTERM; a second one ends the process at once."""
+STOPPING = "stopping once this block is committed; once more to stop at once (the block is then lost)"
+
+
+def stop_on_signals(told: str = STOPPING) -> Callable[[], bool]:
+    """Return a question that turns true at the first SIGINT or SIGTERM, when the user is told what will happen.
+
+    A second signal ends the process at once.
+    """
     asked: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         if asked:
             raise StoppedAtOnce
         asked.append(number)
-        console.print(
-            "stopping once this block is committed; once more to stop at once (the block is then lost)", soft_wrap=True
-        )
+        console.print(told, soft_wrap=True)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, note)

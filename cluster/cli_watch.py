@@ -29,6 +29,11 @@ watching = typer.Typer(
     help="Prune new releases as they appear: `secateur watch CONFIG [--once]`.",
 )
 
+STOPPING = (
+    "stopping once the blocks or checks at hand are done (jobs of a cluster go on without the watcher); once more to "
+    "stop at once"
+)
+
 WatchFile = Annotated[Path, typer.Argument(help="A watch configuration.")]
 
 
@@ -42,7 +47,7 @@ def watch_run(
     from cluster.watch.command import watch
 
     try:
-        watch(config, console, run_anywhere, connect, stop_on_signals(), once=once)
+        watch(config, console, run_anywhere, connect, stop_on_signals(STOPPING), once=once)
     except StoppedAtOnce:
         console.print("interrupted; the same command goes on from here", soft_wrap=True)
         os._exit(EXIT_STOPPED)  # an ordinary exit would wait for the threads at work

@@ -181,11 +181,17 @@ class RetryConfig(Section):
 
 
 class WebhookConfig(Section):
-    """Where news goes: an address, or the name of an environment variable that holds one which is secret."""
+    """Where news goes: an address, which may stand here directly, or the name of an environment variable that holds one
+    which is secret."""
 
     url: str | None = None
     url_from: str | None = None
     events: tuple[str, ...] = ("published", "quarantined")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_url(cls, value: Any) -> Any:
+        return {"url": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _one_of(self) -> Self:

@@ -97,6 +97,7 @@ def test_a_watcher_keeps_on_until_it_is_told_to_stop(call: Call, tiny: Path, tmp
     assert (status, output) == (75, "")
     assert "next look at the sources: " in said
     assert ": published: me/tiny-50pct@" in said
+    assert "stopping once the blocks or checks at hand are done (jobs of a cluster go on" in said
     assert "stopped as asked; the same command goes on where this one left off" in said
 
 

@@ -92,6 +92,13 @@ def test_what_makes_no_sense_is_refused_with_its_key_path(
     assert fact in problems(plain | changes)
 
 
+def test_an_address_may_stand_for_the_whole_webhook_and_is_in_no_message(plain: dict[str, Any]) -> None:
+    config = validated(WatchConfig, plain | {"webhook": "https://example.org/secret"}, "the test")
+    assert config.webhook is not None
+    assert config.webhook.url == "https://example.org/secret"
+    assert "secret" not in problems(plain | {"webhook": "https://example.org/secret", "limits": {"jobs": 0}})
+
+
 def test_problems_of_the_job_are_told_with_the_others(plain: dict[str, Any]) -> None:
     plain["job"]["prune"]["sparsity"] = 7
     plain["job"]["calibrate"] = {}
