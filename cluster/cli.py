@@ -126,8 +126,12 @@ def verify(
     gone = found.source_parameters - found.parameters
     console.print(
         f"verified: {found.tensors} tensors; {found.identical_tensors} identical to the source byte for byte; "
-        f"{found.pruned_tensors} pruned, {found.pruned_weights:,} of {found.prunable_weights:,} weights "
-        f"({found.pruned_weights / max(1, found.prunable_weights):.4%}); "
+        + (
+            f"{found.pruned_tensors} pruned, {found.pruned_weights:,} of {found.prunable_weights:,} weights "
+            f"({found.pruned_weights / found.prunable_weights:.4%}); "
+            if found.prunable_weights
+            else ""
+        )
         + (f"{gone:,} of {found.source_parameters:,} parameters are gone; " if gone else "")
         + f"{human_bytes(found.bytes_read)} compared",
         highlight=False,

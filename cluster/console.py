@@ -149,7 +149,7 @@ def _report_rows(report: Report) -> list[tuple[str, str]]:
         *_smaller_rows(report),
         *_sparsity_row(report),
         *_blocks_row(report),
-        ("mean block error", f"{report.mean_error:.4f} (relative, of each pruned block's output)"),
+        *_error_row(report),
     ]
     if report.perplexity_before is not None and report.perplexity_after is not None:
         rows.append(("perplexity", f"{report.perplexity_before:.2f} before, {report.perplexity_after:.2f} after"))
@@ -179,6 +179,12 @@ def _sparsity_row(report: Report) -> list[tuple[str, str]]:
     """Say what was masked, where something was to be."""
     masked = f"{report.achieved:.4%} of {report.prunable_weights:,} weights (asked: {report.sparsity})"
     return [("sparsity", masked)] if report.prunable_weights else []
+
+
+def _error_row(report: Report) -> list[tuple[str, str]]:
+    """Say how far the outputs of pruned blocks are off, where some were pruned."""
+    error = f"{report.mean_error:.4f} (relative, of each pruned block's output)"
+    return [("mean block error", error)] if report.prunable_weights else []
 
 
 def _blocks_row(report: Report) -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline.allocate import allocate
 from pipeline.allocation import Allocation
+from pipeline.block_writer import write_block
 from pipeline.config import RunConfig
 from pipeline.errors import BudgetExceeded, StorageError
 from pipeline.evaluate import load_windows
@@ -16,6 +17,7 @@ from pipeline.job import Job, Source, evaluate_job, finish, open_job, open_sourc
 from pipeline.ledger import RunLock, refuse_foreign
 from pipeline.memory import Memory, opened_memory
 from pipeline.meter import Stopwatch, resident_bytes
+from pipeline.methods.step import PrunedBlock
 from pipeline.paging.spool import remove_leftovers, spool_directory
 from pipeline.peers import Alone
 from pipeline.planning.pace import Speeds
@@ -23,6 +25,7 @@ from pipeline.planning.plan import Plan, make_plan, measure_speeds
 from pipeline.progress import Progress, StopAsked
 from pipeline.records import Commit
 from pipeline.report import Report
+from pipeline.shard_names import block_shard
 from pipeline.shelf import ModelDirectory
 from pipeline.stage import run_stage
 from pipeline.transaction import Streams, Transaction
@@ -88,6 +91,9 @@ def prune_blocks(job: Job, allocation: Allocation) -> None:
     if not remaining:
         return
     order, memory, shelf = order_of(job.config, allocation), job.memory, ModelDirectory(job.model_directory)
+    if not order.recipe.steps:
+        _copy_blocks(job, remaining, shelf)
+        return
     book = LedgerBook(job, num_committed=remaining.start)
     with ExitStack() as held:
         with memory.phase("embed"):
@@ -99,6 +105,32 @@ def prune_blocks(job: Job, allocation: Allocation) -> None:
         held.enter_context(transaction)
         book.begin()
         run_stage(transaction, range(num_blocks), dict(job.ledger.commits), book)
+    job.progress.end()
+
+
+def _copy_blocks(job: Job, remaining: range, shelf: ModelDirectory) -> None:
+    """Write blocks as they are, where no step prunes them: nothing has to be run.
+
+    Raises RunDirectoryError where a committed shard is not the one that was committed, and RunStopped between blocks.
+    """
+    num_blocks = job.skeleton.num_blocks
+    for commit in job.ledger.commits.values():
+        with shelf.take_out(commit):
+            pass
+    job.progress.begin("copy", num_blocks, remaining.start)
+    for index in remaining:
+        job.progress.phase(index, "commit")
+        watch = Stopwatch(job.skeleton.device)
+        with watch.phase("commit"), job.memory.phase("commit"):
+            path = shelf.directory / block_shard(index, num_blocks)
+            records, shard = write_block(job.skeleton, index, [], PrunedBlock(linears={}), path)
+        commit = Commit(
+            block=index, file=shard.file, sha256=shard.sha256, num_bytes=shard.num_bytes, linears=records, error=0.0,
+            seconds=dict(watch.seconds),
+        )  # fmt: skip
+        job.ledger.commit(commit)
+        job.progress.advance(index, "")
+        job.stop_if_asked()
     job.progress.end()
 
 

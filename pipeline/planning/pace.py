@@ -129,17 +129,19 @@ def costs(scale: Scale, choice: Choice, speeds: Speeds | None, outside_bytes: in
     embed = Count(weights_read=embedding, hidden_written=work.boundary_bytes)
     phases = [] if scale.generation is None else [cost("generate", _writing(work, scale.generation), 1)]
     choosing = scale.choosing
-    num_embedded = 1 + scale.surveys + (choosing.models if choosing else 0)
-    phases += [cost("embed", embed, num_embedded)]
+    num_embedded = bool(recipe.steps) + scale.surveys + (choosing.models if choosing else 0)
+    phases += [cost("embed", embed, num_embedded)] if num_embedded else []
     phases += [cost("choose", _choosing(scale, choosing), 1)] if choosing else []
     phases += [cost("survey", count_survey(work))] if scale.surveys else []
-    phases += [cost("read", count_read(work)), cost("collect", collect, 1 if choice.fused else count)]
-    phases += [cost("prune", prune), cost("commit", count_commit(work, recipe))]
-    if choice.fused:
+    if recipe.steps:  # else blocks are copied as they are, and nothing is run
+        phases += [cost("read", count_read(work)), cost("collect", collect, 1 if choice.fused else count)]
+        phases += [cost("prune", prune)]
+    phases += [cost("commit", count_commit(work, recipe))]
+    if recipe.steps and choice.fused:
         both = propagate + collect
         both = replace(both, hidden_read=both.hidden_read - work.boundary_bytes)
         phases.append(cost("fused", both, count - 1))
-    else:
+    elif recipe.steps:
         phases.append(cost("propagate", propagate, count - 1))
     if scale.windows is not None:
         phases.append(cost("evaluate", _evaluations(scale, *scale.windows), 1))

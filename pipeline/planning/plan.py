@@ -259,4 +259,5 @@ def _forward_passes(scale: Scale) -> float:
     counts = [count_collect(work, recipe), count_propagate(work), count_again(work, recipe)]
     counts += [count_prune(work, step).whole for step in recipe.block_steps]
     chosen_by = scale.choosing.blocks / work.num_blocks if scale.choosing else 0.0
-    return sum(count.gemm for count in counts) / work.forward_flops + chosen_by
+    run = sum(count.gemm for count in counts) if recipe.steps else 0.0  # blocks that stay whole are copied
+    return run / work.forward_flops + chosen_by

@@ -15,6 +15,7 @@ from tests.integration.smaller import six_blocks as six_blocks
 from tests.integration.support import (
     RecipeEntries,
     carry_out,
+    committed,
     load,
     outcome,
 )
@@ -152,3 +153,22 @@ def test_settings_of_masks_are_refused_where_nothing_is_masked(
     own["prune"] |= setting
     with pytest.raises(ConfigError, match=message):
         carry_out(own)
+
+
+def test_blocks_that_nothing_prunes_are_copied_and_a_stop_is_between_two(source: Path, tmp_path: Path) -> None:
+    one, many = (settings(source, tmp_path / name, SHORTGPT) for name in ("one", "many"))
+    report = carry_out(one)
+    assert list(report.seconds) == ["commit", "propagate"]
+    assert report.seconds["propagate"] == 0
+    with pytest.raises(RunStopped, match="2 of 4 blocks are committed"):
+        carry_out(
+            many, stop=lambda: (tmp_path / "many" / "ledger.jsonl").exists() and committed(tmp_path / "many", 2)()
+        )
+    shard = tmp_path / "many" / "model" / "model-00002-of-00005.safetensors"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + b"x")
+    with pytest.raises(RunDirectoryError, match=r"00002-of.* is not the shard that block 0 committed"):
+        carry_out(many)
+    shard.write_bytes(content)
+    carry_out(many)
+    assert outcome(tmp_path / "many") == outcome(tmp_path / "one")
