@@ -24,7 +24,7 @@ from pipeline.human import human_bytes, human_seconds
 from pipeline.meter import peak_host_bytes
 from pipeline.planning.plan import Plan
 from pipeline.progress import Progress
-from pipeline.report import Report, guidance
+from pipeline.report import Report, Smaller, guidance
 
 PHASE_NAMES = {"read": "reading", "collect": "collecting", "prune": "pruning", "commit": "committing"}
 
@@ -171,8 +171,14 @@ def _smaller_rows(report: Report) -> list[tuple[str, str]]:
     before = smaller.blocks["parameters_before"]
     return [
         ("blocks", f"{smaller.num_blocks} of {smaller.blocks['of']} are left (asked: {smaller.asked:.2%} less)"),
+        *_neurons_row(smaller),
         ("parameters", f"{smaller.parameters:,} of {before:,}, {human_bytes(smaller.num_bytes)}"),
     ]
+
+
+def _neurons_row(smaller: Smaller) -> list[tuple[str, str]]:
+    width, neurons = smaller.blocks.get("width"), smaller.blocks.get("neurons")
+    return [] if width is None else [("neurons", f"{width} of {neurons} are left in every block")]
 
 
 def _sparsity_row(report: Report) -> list[tuple[str, str]]:
@@ -184,7 +190,7 @@ def _sparsity_row(report: Report) -> list[tuple[str, str]]:
 def _error_row(report: Report) -> list[tuple[str, str]]:
     """Say how far the outputs of pruned blocks are off, where some were pruned."""
     error = f"{report.mean_error:.4f} (relative, of each pruned block's output)"
-    return [("mean block error", error)] if report.prunable_weights else []
+    return [("mean block error", error)] if report.prunable_weights or report.mean_error else []
 
 
 def _blocks_row(report: Report) -> list[tuple[str, str]]:
@@ -256,6 +262,9 @@ def show_plan(console: Console, plan: Plan) -> None:
         ("limits", ", ".join(f"{place} {human_bytes(size)}" for place, size in plan.limits.items())),
         ("output", human_bytes(plan.output_bytes)),
     ]
+    if plan.part_gone:
+        each = f" of {plan.width:,} neurons" if plan.width else ""
+        facts.append(("left", f"{plan.num_blocks} blocks{each}; {plan.part_gone:.2%} of all blocks' parameters go"))
     if plan.seconds is not None:
         facts.append(("time", f"{human_seconds(plan.seconds)}, most of it spent {_spent(plan.bottleneck)}"))
     show_table(console, "secateur: plan", facts)

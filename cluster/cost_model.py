@@ -61,7 +61,7 @@ def shape_of_job(
     work: Workload, recipe: Recipe, gpu: Gpu, *, read_bytes_per_s: float, write_bytes_per_s: float
 ) -> JobShape:
     """Work out what a recipe takes, its steps one after the other."""
-    prunings = [count_prune(work, step) for step in recipe.steps]
+    prunings = [count_prune(work, step) for step in recipe.at_work]
     again = seconds_of(count_again(work, recipe), gpu)  # every replica has its part of the sequences, as of collecting
     prune = sum(seconds_of(pruning.whole, gpu) for pruning in prunings)
     gathered = statistics_bytes(work, recipe)
@@ -92,7 +92,7 @@ def shape_of_job(
         + max(
             (
                 made_bytes(recipe, i, work.num_weights, work.dtype_bytes) + _step_bytes(work, step)
-                for i, step in enumerate(recipe.steps)
+                for i, step in enumerate(recipe.at_work)
             ),
             default=0,
         ),

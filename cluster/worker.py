@@ -75,7 +75,7 @@ class Worker:
     def __init__(self, brief: Brief, report: Report) -> None:
         self._brief, self._report = brief, report
         self._config = parse_config(dict(brief.settings), "the job's settings")
-        self._order = order_of(self._config, brief.allocation)
+        self._order = order_of(self._config, brief.allocation, brief.shape)
         self._memory: Memory
         self._arriving: dict[StreamName, ArrivingBoundary] = {}
         self._ready_to_receive = Flag()

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
+from pipeline.anatomy import Cut
 from pipeline.linears import Linear
-from pipeline.methods.step import PrunedBlock, PrunedLinear
+from pipeline.methods.step import PrunedBlock
 from pipeline.records import LinearRecord
 from pipeline.shards import OutputTensor, WrittenShard, tensor_chunks, write_shard
 from pipeline.skeleton import Skeleton
@@ -34,11 +35,13 @@ def write_block(
         linear, entry = by_parameter.get(own), checkpoint.tensors[stored]
         if own in pruned.others:
             chunks = partial(_tuned_chunks, skeleton, index, own, pruned.others[own])
-        elif linear is None:
-            chunks = partial(checkpoint.chunks, stored)
+        elif linear is not None and linear.name in pruned.linears:
+            chunks = partial(_pruned_chunks, skeleton, index, stored, linear, pruned, records)
+        elif pruned.cut is not None and pruned.cut.mlp.touches(own):
+            chunks = partial(_left_chunks, skeleton, index, own, pruned.cut)
         else:
-            chunks = partial(_pruned_chunks, skeleton, index, stored, linear, pruned.linears[linear.name], records)
-        outputs.append(OutputTensor(name=stored, dtype=entry.dtype, shape=entry.shape, chunks=chunks))
+            chunks = partial(checkpoint.chunks, stored)
+        outputs.append(OutputTensor(name=stored, dtype=entry.dtype, shape=skeleton.shape_of(index, own), chunks=chunks))
     return records, write_shard(path, outputs)
 
 
@@ -48,7 +51,8 @@ def round_block(skeleton: Skeleton, index: int, linears: Sequence[Linear], prune
         _put_tuned(skeleton, index, own, value)
     names = skeleton.block_names(index)
     for linear in linears:
-        _put_pruned(skeleton, index, names[linear.parameter], linear, pruned.linears[linear.name])
+        if linear.name in pruned.linears:
+            _put_pruned(skeleton, index, names[linear.parameter], linear, pruned)
 
 
 def _tuned_chunks(skeleton: Skeleton, index: int, own: str, value: torch.Tensor) -> Iterator[memoryview]:
@@ -65,36 +69,58 @@ def _put_tuned(skeleton: Skeleton, index: int, own: str, value: torch.Tensor) ->
 
 
 def _pruned_chunks(
-    skeleton: Skeleton, index: int, stored: str, linear: Linear, pruned: PrunedLinear, records: Records
+    skeleton: Skeleton, index: int, stored: str, linear: Linear, block: PrunedBlock, records: Records
 ) -> Iterator[memoryview]:
     """Yield the bytes of one pruned tensor, having put it into the block and recorded its counts."""
-    tensor = _put_pruned(skeleton, index, stored, linear, pruned)
+    pruned = block.linears[linear.name]
+    tensor = _put_pruned(skeleton, index, stored, linear, block)
     num_kept = int(pruned.keep_OD.count_nonzero())
     records[linear.name] = LinearRecord(
         pruned=pruned.keep_OD.numel() - num_kept,
         zeros=tensor.numel() - int(tensor.count_nonzero()),
         numel=tensor.numel(),
-        rewritten=pruned.weight_OD is not None,
+        rewritten=pruned.weight_OD is not None or _is_folded(linear, block.cut),
         notes=pruned.notes,
         sparsity=str(pruned.sparsity),
     )
     yield from tensor_chunks(tensor)
 
 
-def _put_pruned(skeleton: Skeleton, index: int, stored: str, linear: Linear, pruned: PrunedLinear) -> torch.Tensor:
+def _is_folded(linear: Linear, cut: Cut | None) -> bool:
+    return cut is not None and cut.folded_OK is not None and linear.name == cut.mlp.reader
+
+
+def _left_chunks(skeleton: Skeleton, index: int, own: str, cut: Cut) -> Iterator[memoryview]:
+    """Yield the bytes of what is left of a parameter, which is in the block already."""
+    yield from tensor_chunks(_as_stored(skeleton, index, own, cut).contiguous())
+
+
+def _as_stored(skeleton: Skeleton, index: int, own: str, cut: Cut | None) -> torch.Tensor:
+    """Return a parameter to the bit in its stored dtype, on the CPU: the block's own memory, where it is so there.
+
+    That is the source's, or what has been left of it; where the compute dtype does not hold every stored value it is
+    made from the source again.
+    """
+    stored = skeleton.block_names(index)[own]
+    dtype, tensor = skeleton.checkpoint.tensors[stored].dtype, skeleton.blocks[index].get_parameter(own).data
+    if torch.promote_types(dtype, tensor.dtype) == tensor.dtype:
+        return tensor.to("cpu", dtype)  # itself, where nothing is to be converted
+    source = skeleton.checkpoint.read(stored)
+    return source if cut is None else cut.left(own, source)
+
+
+def _put_pruned(skeleton: Skeleton, index: int, stored: str, linear: Linear, block: PrunedBlock) -> torch.Tensor:
     """Make one pruned tensor in its stored dtype, put it into the block, and return it, on the CPU.
 
-    Weights that were only masked stay as they are to the bit: they are the block's own where the compute dtype holds
-    every stored value, else they are read from the source again.
+    Weights that were only masked stay as they are to the bit.
     """
+    pruned = block.linears[linear.name]
     keep, dtype = linear.to_stored(pruned.keep_OD).cpu(), skeleton.checkpoint.tensors[stored].dtype
     own = skeleton.blocks[index].get_parameter(linear.parameter).data
     if pruned.weight_OD is not None:
         tensor = linear.to_stored(pruned.weight_OD).to("cpu", dtype).contiguous()
-    elif torch.promote_types(dtype, own.dtype) == own.dtype:
-        tensor = own.to("cpu", dtype)  # itself, where nothing is to be converted
     else:
-        tensor = skeleton.checkpoint.read(stored)
+        tensor = _as_stored(skeleton, index, linear.parameter, block.cut).contiguous()
     for rows in row_slabs(*tensor.shape):
         # As integers: pruned weights become +0, never -0, and it is several times faster than masked_fill_.
         tensor[rows].view(INTEGERS[dtype.itemsize]).mul_(keep[rows])

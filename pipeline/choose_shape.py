@@ -28,6 +28,7 @@ from pipeline.shape import Shape
 from pipeline.shape_record import Figures, ShapeRecord
 from pipeline.skeleton import Skeleton
 from pipeline.survey import survey
+from pipeline.width import num_neurons, width_left
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,12 +52,16 @@ class Chosen:
     num_bytes: int
     """Their size."""
 
+    num_neurons: int | None = None
+    """Of every block of the dense model, where some of them go."""
+
     def as_data(self) -> dict[str, JsonValue]:
         """Return plain data, as reports have it."""
         return {
             "of": self.num_blocks,
             "dropped": list(self.order),
             "kept": list(self.shape.kept),
+            **({} if self.num_neurons is None else {"width": self.shape.width, "neurons": self.num_neurons}),
             "importance": {str(block): value for block, value in self.importance.items()},
             "parameters_before": self.numel,
             "bytes_before": self.num_bytes,
@@ -79,21 +84,28 @@ def choose_shape(
     recipe, target = config.prune.steps, config.prune.target
     step = recipe.shape
     assert step is not None, "the recipe removes blocks"
-    num_dropped = step.num_dropped(dense.num_blocks, recipe.part_removed(target))
-    narrowed(dense, Shape(kept=(0, dense.num_blocks - 1)))  # what cannot be narrowed is not surveyed first
+    ratio = recipe.part_removed(target)
+    num_dropped = step.num_dropped(dense.num_blocks, ratio)
+    width = width_left(step, dense, num_dropped, ratio)
+    if num_dropped:
+        narrowed(dense, Shape(kept=(0, dense.num_blocks - 1)))  # what cannot be narrowed is not surveyed first
     asked: dict[str, JsonValue] = {"step": step.method, "options": step.model_dump(mode="json"), "blocks": num_dropped}
     record = ShapeRecord(config.output, {**asked, **settings})
     search = _Search(config, dense, tokens_NT, step, num_dropped, record, progress, stop_asked)
     order = search.order()
     kept = tuple(block for block in range(dense.num_blocks) if block not in order)
-    shape = Shape(kept=kept)
+    shape = Shape(kept=kept, width=width)
     record.settle(shape, order)
-    progress.say(
-        f"{step.method}: {num_dropped} of {dense.num_blocks} blocks go, in this order: {', '.join(map(str, order))}"
-    )
+    if order:
+        progress.say(
+            f"{step.method}: {num_dropped} of {dense.num_blocks} blocks go, in this order: {', '.join(map(str, order))}"
+        )
+    if width is not None:
+        progress.say(f"{step.method}: every block keeps {width:,} of its {num_neurons(dense):,} neurons")
     return Chosen(
         shape=shape, num_blocks=dense.num_blocks, order=tuple(order), importance=search.importance(),
         numel=dense.checkpoint.numel(), num_bytes=dense.checkpoint.total_bytes(),
+        num_neurons=None if width is None else num_neurons(dense),
     )  # fmt: skip
 
 
@@ -118,6 +130,8 @@ class _Search:
     def order(self) -> list[int]:
         """Return the blocks that go, in the order they are chosen."""
         num_blocks, protected = self._dense.num_blocks, ends(self._dense.num_blocks)
+        if not self._num_dropped:
+            return []
         if self._step.depth == "greedy":
             self._progress.begin("choose", choosing_of(self._step, num_blocks, self._num_dropped).models, 0)
             found = greedy(self._loss, range(num_blocks), self._num_dropped, protected)
@@ -132,7 +146,7 @@ class _Search:
         if self._step.depth == "greedy":
             singly = {name: figures for name, figures in self._record.measured.items() if name.isdigit()}
             return {int(name): figures[0] for name, figures in sorted(singly.items(), key=lambda item: int(item[0]))}
-        return dict(enumerate(self._record.measured[""]))
+        return dict(enumerate(self._record.measured.get("", [])))
 
     def _importance(self, gone: Dropped) -> list[float]:
         """Return the importance of every block of the dense model; of those that are gone it is 0."""

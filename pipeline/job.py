@@ -32,8 +32,10 @@ from pipeline.planning.comparison import Measured, compare
 from pipeline.planning.plan import Plan
 from pipeline.progress import Progress, StopAsked
 from pipeline.records import Header
+from pipeline.remains import neurons_as_data
 from pipeline.report import REPORT, Report, Smaller, build_report
 from pipeline.self_calibration import self_calibration
+from pipeline.shape import Shape
 from pipeline.skeleton import Skeleton
 from pipeline.sources import WrittenByModel, describe
 from pipeline.sparsity import SemiStructured
@@ -56,6 +58,11 @@ class Source:
     chosen: Chosen | None = None
     """How the model is made smaller, where the recipe asks for that: checkpoint and skeleton are then of what is left,
     and blocks go by their numbers there."""
+
+    @property
+    def shape(self) -> Shape | None:
+        """Of the output, where it is smaller."""
+        return None if self.chosen is None else self.chosen.shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,12 +213,12 @@ def model_directory_of(config: RunConfig) -> Path:
     return fetch_model(config.model.hub, config.model.revision)
 
 
-def order_of(config: RunConfig, allocation: Allocation) -> Order:
-    """Return what a configuration asks of every block."""
+def order_of(config: RunConfig, allocation: Allocation, shape: Shape | None) -> Order:
+    """Return what a configuration asks of every block; shape: of the output, where it is smaller."""
     prune = config.prune
     return Order(
         recipe=prune.steps, allocation=allocation, skip=prune.skip,
-        batch=config.compute.batch,
+        batch=config.compute.batch, width=None if shape is None else shape.width,
     )  # fmt: skip
 
 
@@ -226,7 +233,7 @@ def header_of(source: Source, scheme: Scheme) -> Header:
         "skip": list(config.prune.skip),
         **({"allocation": allocation.model_dump(mode="json")} if allocation.needs_survey else {}),
     }
-    shape: Scheme = {} if source.chosen is None else {"shape": source.chosen.shape.as_data()}
+    shape: Scheme = {} if source.shape is None else {"shape": source.shape.as_data()}
     compute = _compute(config, source.device_type, skeleton.dtype)
     return Header(
         config={"prune": prune, "compute": compute, **shape, **scheme},
@@ -262,6 +269,7 @@ def provenance(job: Job) -> dict[str, JsonValue]:
         "pruned_weights": sum(record.pruned for record in linears),
         "prunable_weights": sum(record.numel for record in linears),
         **({} if job.source.chosen is None else {"blocks": job.source.chosen.as_data()}),
+        **neurons_as_data(job.ledger.commits),
     }
 
 

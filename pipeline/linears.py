@@ -72,6 +72,12 @@ class Collector:
         self._statistics: dict[str, Gathered] = {}
         self._last: tuple[str, torch.Tensor] | None = None
         self._abandon_after: str | None = None
+        self._first: int | None = None
+
+    @property
+    def gathers(self) -> bool:
+        """Whether there is anything to gather."""
+        return bool(self._kinds)
 
     def gathered(self, name: str) -> Gathered:
         """Return what was gathered of a linear's inputs; all that share them have the same."""
@@ -86,8 +92,8 @@ class Collector:
         return list(grouped.values())
 
     @contextmanager
-    def watching(self, block: nn.Module, to_the_end: bool) -> Iterator[None]:
-        """Gather from the forward of the block inside the context.
+    def watching(self, block: nn.Module, to_the_end: bool, first: int | None = None) -> Iterator[None]:
+        """Gather from the forward of the block inside the context; of the `first` so many sequences, if not of all.
 
         Unless it has to run `to_the_end`, the forward is abandoned, and the context left, as soon as every input
         has been seen: the last matrix (a quarter of a LLaMA block's arithmetic) need not be multiplied.
@@ -98,6 +104,7 @@ class Collector:
             if self._kinds
         ]
         self._abandon_after = None if to_the_end or not self._statistics else list(self._statistics)[-1]
+        self._first = first
         try:
             yield
         except _EverythingSeen:
@@ -129,7 +136,7 @@ class Collector:
                 self._leader[name] = self._leader[self._last[0]] if shared and self._last else name
             self._last = (name, x)
             if self._leader[name] == name:
-                self._update(name, x.flatten(0, -2))
+                self._update(name, x[: self._first].flatten(0, -2))
             if self._abandon_after == name:
                 raise _EverythingSeen
 

@@ -27,14 +27,14 @@ _NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number")
 class FewerBlocks(Checkpoint):
     """A checkpoint seen under other names, some of its tensors not at all, with a config of its own."""
 
-    def __init__(
-        self, source: Checkpoint, names: Mapping[str, str], config: PretrainedConfig, settings: dict[str, JsonValue]
-    ) -> None:
-        """`names`: name here -> name in the source; `settings`: of config.json, and `config` what they load as."""
+    def __init__(self, source: Checkpoint, names: Mapping[str, str], config: PretrainedConfig, shape: Shape) -> None:
+        """`names`: name here -> name in the source; `config`: the dense model's, as loaded."""
         self.directory = source.directory
         self.tensors = {name: replace(source.tensors[stored], name=name) for name, stored in names.items()}
         self.shard_of = {name: source.shard_of[stored] for name, stored in names.items()}
-        self._source, self._names, self._config, self._settings = source, names, config, settings
+        self._source, self._names, self._config = source, names, config
+        self._settings = edited_settings(config, source.settings(), shape)
+        self._loaded = edited_settings(config, source.settings(), replace(shape, width=None))
 
     def read_into(self, name: str, target: torch.Tensor) -> None:
         """Fill `target` as the source does."""
@@ -73,8 +73,8 @@ class FewerBlocks(Checkpoint):
         return json.dumps(self._settings, indent=2).encode() + b"\n"
 
     def model_config(self) -> PretrainedConfig:
-        """The same, as transformers reads it: a new one at every call."""
-        return type(self._config).from_dict(self._settings)
+        """What transformers builds to read these tensors: a new one at every call. Neurons are all still there."""
+        return type(self._config).from_dict(self._loaded)
 
     def _stored(self, name: str) -> str:
         """The source's name; CheckpointError for one that is not known here."""
@@ -94,8 +94,7 @@ def narrowed(dense: Skeleton, shape: Shape) -> Skeleton:
             f"{dense.model.config.model_type} has blocks of {min(sizes):,} to {max(sizes):,} parameters; whole blocks "
             "can be dropped only where all are of one size. Mask weights instead (wanda, besa, …)"
         )
-    settings = edited_settings(dense.model.config, source.settings(), shape)
-    view = FewerBlocks(source, _names(dense, shape), dense.model.config, settings)
+    view = FewerBlocks(source, _names(dense, shape), dense.model.config, shape)
     if view.model_config().num_hidden_layers != len(shape.kept):
         raise UnsupportedCheckpoint(
             f"{dense.model.config.model_type} takes its number of blocks from elsewhere than from config.json's "

@@ -1,6 +1,6 @@
 """What is asked of every block, and whether a block can be pruned so."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -20,6 +20,8 @@ class Order:
     allocation: Allocation
     skip: tuple[str, ...] = ()
     batch: int = 4
+    width: int | None = None
+    """Neurons that are to be left in every block; None where all stay."""
 
 
 def linears_to_prune(block: nn.Module, skip: tuple[str, ...]) -> list[Linear]:
@@ -34,10 +36,15 @@ def linears_to_prune(block: nn.Module, skip: tuple[str, ...]) -> list[Linear]:
     return linears
 
 
-def check_divides(linears: Sequence[Linear], block: nn.Module, sparsity: Sparsity) -> None:
-    """Raise ConfigError when an N:M group does not divide a linear's rows."""
+def check_divides(
+    linears: Sequence[Linear], block: nn.Module, sparsity: Sparsity, left: Mapping[str, int] | None = None
+) -> None:
+    """Raise ConfigError when an N:M group does not divide a linear's rows.
+
+    left: input features that are left of some linears before they are pruned, by their names.
+    """
     for linear in linears:
-        num_columns = linear.weight(block).shape[1]
+        num_columns = (left or {}).get(linear.name, linear.weight(block).shape[1])
         if isinstance(sparsity, SemiStructured) and not divides(sparsity, num_columns):
             raise ConfigError(
                 f"{linear.name} has {num_columns} input features, not a multiple of the group of {sparsity.group} "

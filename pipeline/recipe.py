@@ -10,6 +10,7 @@ from pydantic import JsonValue, ValidationError
 
 from pipeline.methods import METHODS
 from pipeline.methods.step import BlockStep, LinearStep, Step
+from pipeline.methods.structured.narrowing import Narrowing
 from pipeline.methods.structured.shape_step import ShapeStep
 from pipeline.sparsity import Sparsity
 from pipeline.statistics import Statistic
@@ -41,9 +42,25 @@ class Recipe:
         return tuple(step for step in self.steps if isinstance(step, BlockStep))
 
     @property
+    def narrowing(self) -> Narrowing | None:
+        """The step that takes neurons out of blocks, if there is one."""
+        return self.shape if isinstance(self.shape, Narrowing) else None
+
+    @property
+    def at_work(self) -> tuple[Step, ...]:
+        """All that works on a block, in turn: what takes neurons out of it, and the other steps."""
+        return self.steps if self.narrowing is None else (self.narrowing, *self.steps)
+
+    @property
+    def neuron_statistics(self) -> tuple[type[Statistic], ...]:
+        """Statistics that must be collected, beside, of the input of the linear that reads the neurons."""
+        return () if self.narrowing is None else self.narrowing.neuron_statistics
+
+    @property
     def needs_targets(self) -> bool:
-        """Whether a block step compares with what the dense block makes of the pruned stream."""
-        return any(step.target == "pruned" for step in self.block_steps)
+        """Whether a step compares with what the dense block makes of the pruned stream."""
+        mends = self.narrowing is not None and self.narrowing.needs_targets
+        return mends or any(step.target == "pruned" for step in self.block_steps)
 
     @property
     def needs_dense_stream(self) -> bool:

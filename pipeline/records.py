@@ -25,6 +25,22 @@ class LinearRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CutRecord:
+    """What was taken out of one block, before anything else was done to it."""
+
+    num_neurons: int  # of the dense block
+    kept: str  # which of them are left: hexadecimal, a bit each from the first on
+    removed: int  # parameters that are gone
+    rewritten: bool  # what is left has new values where it reads the neurons
+    notes: dict[str, float]  # what the method tells, e.g. errors on held-out sequences
+
+    @property
+    def width(self) -> int:
+        """How many neurons are left."""
+        return int(self.kept, 16).bit_count()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Commit:
     """One block is done: its shard is on disk, whole and final."""
 
@@ -36,6 +52,7 @@ class Commit:
     error: float  # relative squared error of the pruned block's output on the block's own input
     seconds: dict[str, float]  # by phase
     tuned: list[str] = field(default_factory=list)  # other parameters of the block (norms, biases) with new values
+    cut: CutRecord | None = None
 
     def __post_init__(self) -> None:
         path = PurePosixPath(self.file)

@@ -9,7 +9,7 @@ from pydantic import JsonValue
 from pipeline.ledger import Ledger
 from pipeline.memory import Traffic
 from pipeline.meter import PeakMeter
-from pipeline.records import Commit, LinearRecord
+from pipeline.records import Commit
 
 REPORT = "report.json"
 
@@ -76,7 +76,8 @@ class Report:
     """Extremes of what the methods noted, such as the largest damping."""
 
     linears: dict[str, dict[str, float]]
-    """All that they noted (swaps, errors, damping), by block and linear: `3.mlp.up_proj`."""
+    """All that they noted (swaps, errors, damping), by block and linear: `3.mlp.up_proj`; `3.neurons` of what was taken
+    out of a block."""
 
     smaller: Smaller | None = None
     """What the model has lost for good; None where zeros take the place of what was pruned."""
@@ -125,13 +126,8 @@ def build_report(
         peaks={"host": dict(meter.host), "device": dict(meter.device)},
         traffic=asdict(traffic),
         planned=planned,
-        notes=_extremes(records),
-        linears={
-            f"{commit.block}.{name}": record.notes
-            for commit in commits
-            for name, record in commit.linears.items()
-            if record.notes
-        },
+        notes=_extremes([note for commit in commits for note in _notes(commit).values()]),
+        linears={f"{commit.block}.{name}": notes for commit in commits for name, notes in _notes(commit).items()},
         smaller=smaller,
     )
 
@@ -144,9 +140,12 @@ def guidance(report: Report) -> list[str]:
 
 
 def _of_smaller(smaller: Smaller) -> list[str]:
+    width, neurons = smaller.blocks.get("width"), smaller.blocks.get("neurons")
+    each = "" if width is None else f", with {width} of {neurons} neurons each"
+    what = "blocks" if width is None else "parameters"
     return [
-        f"The model is really smaller: {smaller.num_blocks} of {smaller.blocks['of']} blocks are left. It loads in "
-        "stock transformers, and takes less memory and time on any hardware, about in proportion to its blocks."
+        f"The model is really smaller: {smaller.num_blocks} of {smaller.blocks['of']} blocks are left{each}. It loads "
+        f"in stock transformers, and takes less memory and time on any hardware, about in proportion to its {what}."
     ]
 
 
@@ -184,10 +183,17 @@ def _perplexity(ledger: Ledger, when: str) -> float | None:
     return float(value) if isinstance(note, dict) and isinstance(value := note["perplexity"], float) else None
 
 
-def _extremes(records: Sequence[LinearRecord]) -> dict[str, float]:
+def _notes(commit: Commit) -> dict[str, dict[str, float]]:
+    """What methods noted of one block, by linear, and of its neurons."""
+    neurons = {} if commit.cut is None else {f"neurons.{name}": value for name, value in commit.cut.notes.items()}
+    noted = {"neurons": neurons, **{name: record.notes for name, record in commit.linears.items()}}
+    return {name: notes for name, notes in noted.items() if notes}
+
+
+def _extremes(noted: Sequence[dict[str, float]]) -> dict[str, float]:
     """Return the smallest of every note named *_min and the largest of every other."""
     found: dict[str, list[float]] = {}
-    for record in records:
-        for name, value in record.notes.items():
+    for notes in noted:
+        for name, value in notes.items():
             found.setdefault(name, []).append(value)
     return {name: min(v) if name.endswith("_min") else max(v) for name, v in found.items()}

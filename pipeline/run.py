@@ -90,8 +90,9 @@ def prune_blocks(job: Job, allocation: Allocation) -> None:
     remaining = job.ledger.remaining(num_blocks)
     if not remaining:
         return
-    order, memory, shelf = order_of(job.config, allocation), job.memory, ModelDirectory(job.model_directory)
-    if not order.recipe.steps:
+    order = order_of(job.config, allocation, job.source.shape)
+    memory, shelf = job.memory, ModelDirectory(job.model_directory)
+    if not order.recipe.steps and order.width is None:
         _copy_blocks(job, remaining, shelf)
         return
     book = LedgerBook(job, num_committed=remaining.start)

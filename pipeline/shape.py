@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pydantic import JsonValue, TypeAdapter
 from transformers import PretrainedConfig
 
+from pipeline.anatomy import WIDTH_KEY
 from pipeline.errors import UnsupportedCheckpoint
 
 BY_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers")
@@ -56,6 +57,8 @@ def edited_settings(config: PretrainedConfig, written: Mapping[str, JsonValue], 
     known = config.to_dict()
     name = config.attribute_map.get(_NUM_BLOCKS, _NUM_BLOCKS)
     settings = {key: value for key, value in written.items() if key != _NUM_BLOCKS} | {name: len(shape.kept)}
+    if shape.width is not None:
+        settings[WIDTH_KEY] = shape.width
     for listed in BY_BLOCK:
         entries = known.get(listed)
         if not entries:

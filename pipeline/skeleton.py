@@ -6,8 +6,9 @@ transformers' own conversion table, in both directions.
 """
 
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from math import prod
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
@@ -17,6 +18,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from pipeline.anatomy import WIDTH_KEY
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError, NumericsError, UnsupportedCheckpoint
 from pipeline.heap import give_back_freed_memory
@@ -43,6 +45,7 @@ class Skeleton:
         self.device = device
         self.dtype = dtype
         self._dropped_bytes = 0
+        self._dense_blocks: dict[int, nn.Module] = {}
         self.model = build_empty(checkpoint.model_config(), dtype, str(checkpoint.directory))
         self.block_prefix, self.blocks = find_blocks(self.model)
         for module in self.model.modules():
@@ -79,6 +82,34 @@ class Skeleton:
         self.fill(block, self.block_names(index), source)
         return block
 
+    def reshape_block(self, index: int, width: int) -> nn.Module:
+        """Put a block with so many neurons, built without weights by its own class, in the place of a dense one.
+
+        It stays there until it is released. Returns the dense block, whose weights are as they were.
+        """
+        dense: nn.Module = self.blocks[index]
+        config = deepcopy(self.model.config)
+        setattr(config, WIDTH_KEY, width)
+        config._attn_implementation = self.model.config._attn_implementation  # a copy forgets it, and the causal mask
+        build: Any = type(dense)
+        with init_empty_weights(include_buffers=False):
+            narrow: nn.Module = build(config, index).eval()
+        for name, buffer in dense.named_buffers():
+            owner, leaf = _owner(narrow, name)
+            owner._buffers[leaf] = buffer
+        self._dense_blocks[index] = dense
+        self.blocks[index] = narrow
+        return dense
+
+    def shape_of(self, index: int, own: str) -> tuple[int, ...]:
+        """Return the shape of a block's tensor as the block is now."""
+        return tuple(_tensor(self.blocks[index], own).shape)
+
+    def put(self, index: int, own: str, tensor: torch.Tensor) -> None:
+        """Make a tensor a block's own, in the dtype it has in memory. Raises NumericsError on NaN or Inf."""
+        value = tensor.to(self.device, self.dtype_of(index, own))
+        _put(self.blocks[index], own, self.block_names(index)[own], value)
+
     def adopt_block(self, index: int, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
         """Put tensors that have been read (own name -> tensor, any device and float dtype) into a block; return it.
 
@@ -98,7 +129,7 @@ class Skeleton:
     def fill(self, module: nn.Module, names: dict[str, str], source: TensorSource) -> None:
         """Read tensors (own name -> checkpoint name) into a module. Raises NumericsError on NaN or Inf."""
         for own, stored in names.items():
-            shape = self.checkpoint.tensors[stored].shape
+            shape = _tensor(module, own).shape
             tensor = torch.empty(shape, dtype=self._dtype_of(*_owner(module, own)), device=self.device)
             source.read_into(stored, tensor)
             _put(module, own, stored, tensor)
@@ -112,9 +143,13 @@ class Skeleton:
                 owner._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     def release_block(self, index: int) -> None:
-        """Drop one block's parameters; their memory goes back to the system, several small blocks at a time."""
+        """Drop one block's parameters; their memory goes back to the system, several small blocks at a time.
+
+        A block that has been reshaped is the dense one again.
+        """
         self._dropped_bytes += sum(p.nbytes for p in self.blocks[index].parameters() if not p.is_meta)
         self.release(self.blocks[index], self.block_names(index))
+        self.blocks[index] = self._dense_blocks.pop(index, self.blocks[index])
         if self._dropped_bytes >= GIVE_BACK_BYTES:
             give_back_freed_memory()
             self._dropped_bytes = 0
@@ -219,6 +254,14 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, leaf = name.rpartition(".")
     return module.get_submodule(path), leaf
+
+
+def _tensor(module: nn.Module, own: str) -> torch.Tensor:
+    """A parameter or buffer, whether it is filled or not."""
+    owner, leaf = _owner(module, own)
+    tensor = owner._parameters[leaf] if leaf in owner._parameters else owner._buffers[leaf]
+    assert tensor is not None
+    return tensor
 
 
 def _put(module: nn.Module, own: str, stored: str, tensor: torch.Tensor) -> None:

@@ -34,6 +34,9 @@ class Statistic(Protocol):
     def merge(self, other: Self) -> None:
         """Add the tokens another statistic has seen."""
 
+    def narrowed(self, features: torch.Tensor) -> Self:
+        """Return the statistic of some of the features, by their numbers."""
+
     def sums(self) -> list[torch.Tensor]:
         """Return the tensors that add up over tokens, for whoever sums them over replicas."""
 
@@ -66,6 +69,11 @@ class Gathered:
     def take(self, other: "Gathered") -> None:
         """Add the statistics that another one holds."""
         self._by_kind.update(other._by_kind)
+
+    def narrow(self, features: torch.Tensor) -> None:
+        """Forget all features but these (their numbers), one statistic after the other."""
+        for kind, statistic in self._by_kind.items():
+            self._by_kind[kind] = statistic.narrowed(features)
 
     def drop(self, kind: type[Statistic]) -> None:
         """Let go of a statistic."""
@@ -109,6 +117,10 @@ class ColumnSquares:
         """Add the tokens another statistic has seen."""
         self.squares_D += other.squares_D
         self.num_tokens += other.num_tokens
+
+    def narrowed(self, features: torch.Tensor) -> Self:
+        """Return the statistic of some of the features, by their numbers."""
+        return type(self)(self.squares_D[features], self.num_tokens)
 
     def sums(self) -> list[torch.Tensor]:
         """Return the sums of squares."""
@@ -172,6 +184,10 @@ class Moments:
             mine += theirs
         self.num_tokens += other.num_tokens
 
+    def narrowed(self, features: torch.Tensor) -> Self:
+        """Return the statistic of some of the features, by their numbers."""
+        return type(self)(self.sums_D[features], self.squares_D[features], self.count_1.clone(), self.num_tokens)
+
     def sums(self) -> list[torch.Tensor]:
         """Return the sums, the sums of squares and the count."""
         return [self.sums_D, self.squares_D, self.count_1]
@@ -211,6 +227,10 @@ class Gram:
         """Add the tokens another statistic has seen."""
         self.gram_DD += other.gram_DD
         self.num_tokens += other.num_tokens
+
+    def narrowed(self, features: torch.Tensor) -> Self:
+        """Return the statistic of some of the features, by their numbers."""
+        return type(self)(self.gram_DD[features[:, None], features], self.num_tokens)
 
     def sums(self) -> list[torch.Tensor]:
         """Return the inner products."""

@@ -16,15 +16,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from pipeline.activations import Boundary, Outlet, in_memory, require_finite
+from pipeline.begun import Begun
 from pipeline.block_writer import round_block, write_block
-from pipeline.linears import Collector, Linear
+from pipeline.cutting import Cutting
 from pipeline.memory import Memory
 from pipeline.meter import Stopwatch
 from pipeline.numerics import naming_block
-from pipeline.order import Order, check_divides, linears_to_prune
+from pipeline.order import Order
 from pipeline.peers import Peers
 from pipeline.progress import Progress
 from pipeline.prune_block import apply_recipe
@@ -50,17 +50,6 @@ class Streams:
     """Made by the dense blocks so far; kept only when the recipe asks for it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Begun:
-    """A block that has been read, and of which statistics are gathered."""
-
-    index: int
-    block: nn.Module
-    linears: Sequence[Linear]
-    collector: Collector
-    watch: Stopwatch
-
-
 class Transaction:
     """Prunes blocks one after the other, advancing the streams."""
 
@@ -78,6 +67,7 @@ class Transaction:
         self._shelf, self._progress, self._peers, self._memory = shelf, progress, peers, memory
         self._stream = Stream(skeleton, skeleton.checkpoint)
         self._weights = memory.weights_of(skeleton)
+        self._cutting = Cutting.of(skeleton, order, streams.pruned.num_sequences)
         self._own_targets = self._make_targets()
         self._collected: Begun | None = None
         """The next block, where it was collected while this one was propagated."""
@@ -115,9 +105,10 @@ class Transaction:
         with self._phase(watch, index, "prune"), naming_block(index):
             begun.collector.sum_over(self._peers)
             begun.collector.check_finite()
-            pruned = apply_recipe(
-                self._order.recipe, sparsity, self._bench(begun), self._progress.figures, self._order.batch,
-            )  # fmt: skip
+            bench, cut = self._bench(begun), None
+            if self._cutting is not None:
+                cut = self._cutting.cut(index, bench, begun.neurons, self._progress.figures)
+            pruned = apply_recipe(self._order.recipe, sparsity, bench, self._progress.figures, self._order.batch)
         with self._phase(watch, index, "commit"):
             if self._peers.rank > 0:
                 round_block(self._skeleton, index, linears, pruned)
@@ -128,6 +119,7 @@ class Transaction:
         commit = Commit(
             block=index, file=shard.file, sha256=shard.sha256, num_bytes=shard.num_bytes,
             linears=records, error=error, seconds=dict(watch.seconds), tuned=sorted(pruned.others),
+            cut=cut,
         )  # fmt: skip
         return commit, watch
 
@@ -170,7 +162,7 @@ class Transaction:
             self._weights.load(index)
             self._advance_dense(index)
         with self._shelf.take_out(commit) as path, ShardReader(path) as shard:
-            self._weights.load(index, shard)
+            self._weights.load(index, shard, None if commit.cut is None else commit.cut.width)
         for sequences, hidden_BTD in self._streams.pruned.stream(self._order.batch, self._skeleton.device):
             self._advance(index, sequences, hidden_BTD, f"pruned block {index}", outlet)
         self.drop(index)
@@ -180,10 +172,7 @@ class Transaction:
         watch = Stopwatch(self._skeleton.device)
         with self._phase(watch, index, "read"):
             block = self._weights.load(index)
-            linears = linears_to_prune(block, self._order.skip) if self._order.recipe.steps else []
-            check_divides(linears, block, self._order.allocation.of(index))
-        collector = Collector(linears, self._order.recipe.statistics)
-        return Begun(index=index, block=block, linears=linears, collector=collector, watch=watch)
+            return Begun.of(index, block, self._order, self._cutting, watch)
 
     def _bench(self, begun: Begun) -> Workbench:
         """Lay out a block that has been collected, with the outputs that it is to reproduce."""
@@ -201,7 +190,7 @@ class Transaction:
             self._progress.phase(index, "wait")
             pruned.read(slice(0, 1), self._skeleton.device)
         with self._phase(begun.watch, index, "collect"):
-            wanted = pruned.num_sequences if self._order.recipe.statistics else max(1, self._num_targets)
+            wanted = pruned.num_sequences if begun.looks_at_all else max(1, self._num_targets)
             for sequences, hidden_BTD in pruned.stream(self._order.batch, self._skeleton.device, wanted):
                 self._gather(begun, sequences, hidden_BTD)
             self._advance_dense(index)
@@ -212,11 +201,11 @@ class Transaction:
         if sequences.start == 0:
             self._first_BTD = hidden_BTD[:1].clone()
         num_targets = min(self._num_targets, sequences.stop) - sequences.start
-        if num_targets <= 0 and not self._order.recipe.statistics:
+        if num_targets <= 0 and not begun.looks_at_all:
             return
-        if not self._order.recipe.statistics:
+        if not begun.looks_at_all:
             hidden_BTD = hidden_BTD[:num_targets]
-        with begun.collector.watching(begun.block, to_the_end=num_targets > 0):
+        with begun.watching(sequences, to_the_end=num_targets > 0):
             output = self._stream.run_block(begun.index, hidden_BTD)
             if self._own_targets is not None and num_targets > 0:
                 wanted = slice(sequences.start, sequences.start + num_targets)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from pipeline.allocation import STEPS
 from pipeline.assemble import OUTSIDE
@@ -26,10 +25,12 @@ from pipeline.numerics import all_finite
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.records import Commit, LinearRecord
+from pipeline.remains import remains_of
 from pipeline.shape import Shape
 from pipeline.shards import hash_file
 from pipeline.skeleton import Skeleton
 from pipeline.sparsity import SemiStructured, Sparsity, holds, parse_sparsity
+from pipeline.width import width_left
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +67,7 @@ def verify(run_directory: Path, source: Path, progress: Progress) -> Verificatio
     with closing(Checkpoint.open(directory)) as output, closing(Checkpoint.open(source)) as original:
         dense = Skeleton(original, torch.device("cpu"), torch.float32)
         skeleton = _left(dense, ledger)
-        problems = [*_names_and_shapes(output, skeleton.checkpoint), *_smaller(ledger, dense, skeleton, output)]
+        problems = [*_names_and_shapes(output, skeleton, ledger), *_smaller(ledger, dense, skeleton, output)]
         if not problems:
             problems = [
                 *_hashes(ledger, directory),
@@ -80,10 +81,10 @@ def verify(run_directory: Path, source: Path, progress: Progress) -> Verificatio
                 "Do not use it; prune again in a new output directory"
             )
         records = [record for commit in ledger.commits.values() for record in commit.linears.values()]
-        num_tuned = sum(len(commit.tuned) for commit in ledger.commits.values())
+        num_changed = sum(len(_changed(skeleton, commit)) for commit in ledger.commits.values())
         return Verification(
             tensors=len(output.tensors),
-            identical_tensors=len(output.tensors) - len(records) - num_tuned,
+            identical_tensors=len(output.tensors) - num_changed,
             pruned_tensors=len(records),
             pruned_weights=sum(record.pruned for record in records),
             prunable_weights=sum(record.numel for record in records),
@@ -106,8 +107,13 @@ def _smaller(ledger: Ledger, dense: Skeleton, left: Skeleton, output: Checkpoint
     wanted = 0 if recipe.shape is None else recipe.shape.num_dropped(dense.num_blocks, recipe.part_removed(target))
     if gone != wanted:
         yield f"{gone} of {dense.num_blocks} blocks are gone, and {wanted} were to go"
-    if gone and output.settings() != left.checkpoint.settings():
-        yield "config.json is not the source's with the blocks taken out that are gone"
+    if left is not dense and output.settings() != left.checkpoint.settings():
+        yield "config.json is not the source's with the blocks taken out that are gone, and its neurons"
+    asked = None if recipe.shape is None else width_left(recipe.shape, dense, gone, recipe.part_removed(target))
+    for index, commit in ledger.commits.items():
+        width = None if commit.cut is None else commit.cut.width
+        if width != asked:
+            yield f"block {index} keeps {width or 'all'} neurons, and {asked or 'all'} were to stay"
 
 
 def _asked(ledger: Ledger) -> tuple[Recipe, Sparsity, bool]:
@@ -119,14 +125,32 @@ def _asked(ledger: Ledger) -> tuple[Recipe, Sparsity, bool]:
     return recipe, asked, "allocation" in prune
 
 
-def _names_and_shapes(output: Checkpoint, original: Checkpoint) -> list[str]:
+def _names_and_shapes(output: Checkpoint, skeleton: Skeleton, ledger: Ledger) -> list[str]:
+    original, narrow = skeleton.checkpoint, _narrow(skeleton, ledger)
     problems = [f"tensor {name} of the source is missing" for name in original.tensors if name not in output.tensors]
     problems += [f"tensor {name} is not in the source" for name in output.tensors if name not in original.tensors]
     for name in output.tensors.keys() & original.tensors.keys():
         found, wanted = output.tensors[name], original.tensors[name]
-        if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
-            problems.append(f"{name} is {found.dtype} {found.shape}, its source {wanted.dtype} {wanted.shape}")
+        shape = narrow.get(name, wanted.shape)
+        if (found.shape, found.dtype) != (shape, wanted.dtype):
+            left = "its source" if name not in narrow else "what is left of its source"
+            problems.append(f"{name} is {found.dtype} {found.shape}, {left} {wanted.dtype} {shape}")
     return problems
+
+
+def _narrow(skeleton: Skeleton, ledger: Ledger) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors that have lost neurons, by their names."""
+    return {
+        skeleton.block_names(index)[own]: shape
+        for index, commit in ledger.commits.items()
+        for own, shape in remains_of(skeleton, commit).shapes.items()
+    }
+
+
+def _changed(skeleton: Skeleton, commit: Commit) -> set[str]:
+    """Return the parameters of a block that are not what they are in the source, by their names within it."""
+    masked = {n.parameter for n in find_linears(skeleton.blocks[commit.block]) if n.name in commit.linears}
+    return {*masked, *commit.tuned, *remains_of(skeleton, commit).shapes}
 
 
 def _hashes(ledger: Ledger, directory: Path) -> Iterator[str]:
@@ -145,7 +169,7 @@ def _whole(ledger: Ledger, skeleton: Skeleton) -> Iterator[str]:
     recipe, asked, by_outliers = _asked(ledger)
     if not recipe.steps:
         return
-    blocks = [_shapes(skeleton.blocks[index], commit) for index, commit in ledger.commits.items()]
+    blocks = [_shapes(skeleton, index, commit) for index, commit in ledger.commits.items()]
     num_pruned = sum(record.pruned for commit in ledger.commits.values() for record in commit.linears.values())
     least, most = num_pruned_within(asked, recipe.steps[0], blocks, by_outliers=by_outliers)
     if not least <= num_pruned <= most:
@@ -172,10 +196,11 @@ def num_pruned_within(
     return ceil(wanted) - by_method - allocated, floor(wanted) + allocated
 
 
-def _shapes(block: nn.Module, commit: Commit) -> Shapes:
-    """Return the shapes of the linears that were pruned of a block."""
-    shapes = {linear.name: linear.weight(block).shape for linear in find_linears(block)}
-    return {name: (shapes[name][0], shapes[name][1]) for name in commit.linears}
+def _shapes(skeleton: Skeleton, index: int, commit: Commit) -> Shapes:
+    """Return the shapes of the linears that were pruned of a block, without what was taken out of it before."""
+    block, remains = skeleton.blocks[index], remains_of(skeleton, commit)
+    left = {n.name: n.to_rows(remains.left(n.parameter, n.to_stored(n.weight(block)))) for n in find_linears(block)}
+    return {name: (left[name].shape[0], left[name].shape[1]) for name in commit.linears}
 
 
 def _contents(ledger: Ledger, skeleton: Skeleton, output: Checkpoint, progress: Progress) -> Iterator[str]:
@@ -195,18 +220,23 @@ def _contents(ledger: Ledger, skeleton: Skeleton, output: Checkpoint, progress: 
 
 def _block(commit: Commit, skeleton: Skeleton, index: int, output: Checkpoint) -> Iterator[str]:
     linears = {linear.parameter: linear for linear in find_linears(skeleton.blocks[index])}
+    remains, changed = remains_of(skeleton, commit), _changed(skeleton, commit)
     for own, name in skeleton.block_names(index).items():
         linear = linears.get(own)
         if own in commit.tuned:
             if not all_finite(output.read(name)):
                 yield f"{name} holds NaN or Inf"
             continue
-        if linear is None or linear.name not in commit.linears:
+        if own not in changed:
             yield from _identical(skeleton.checkpoint, output, name)
             continue
-        record = commit.linears[linear.name]
-        pruned = linear.to_rows(output.read(name))
-        yield from _pruned(name, pruned, linear.to_rows(skeleton.checkpoint.read(name)), record)
+        source, found = remains.left(own, skeleton.checkpoint.read(name)), output.read(name)
+        if linear is not None and linear.name in commit.linears:
+            yield from _pruned(name, linear.to_rows(found), linear.to_rows(source), commit.linears[linear.name])
+        elif not all_finite(found):
+            yield f"{name} holds NaN or Inf"
+        elif own != remains.folded and not torch.equal(found, source):
+            yield f"{name} was only to lose neurons, but what is left of it differs from the source"
 
 
 def _pruned(name: str, pruned_OD: torch.Tensor, source_OD: torch.Tensor, record: LinearRecord) -> Iterator[str]:

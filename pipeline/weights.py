@@ -120,14 +120,19 @@ class BlockWeights:
             lease = self._lease_of_staging(index)
             self._coming[index] = (self._reader.submit(self._read, index, self._pager), lease)
 
-    def load(self, index: int, source: TensorSource | None = None) -> nn.Module:
-        """Put a block's weights where blocks run: the checkpoint's, or those of another source with its names."""
+    def load(self, index: int, source: TensorSource | None = None, width: int | None = None) -> nn.Module:
+        """Put a block's weights where blocks run: the checkpoint's, or those of another source with its names.
+
+        width: how many neurons the block has in that source, where they are fewer than in the checkpoint.
+        """
         began = perf_counter()
         try:
             if source is None and self._pager is not None:
                 self.expect(index)
                 return self._adopt(index)
             self._take_device(index)
+            if width is not None:
+                self._skeleton.reshape_block(index, width)
             return self._skeleton.load_block(index, source or self._skeleton.checkpoint)
         finally:
             self.waited += perf_counter() - began

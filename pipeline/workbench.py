@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from pipeline.activations import Boundary
+from pipeline.anatomy import Cut
 from pipeline.lazy_weights import Maker
 from pipeline.linears import Collector, Linear
 from pipeline.methods.step import NOTHING, MiniBatch, PrunedLinear
@@ -33,19 +34,45 @@ class Workbench:
         targets: Mapping[StreamName, Boundary],
         peers: Peers,
     ) -> None:
-        self._stream, self._block, self._index = stream, block, index
+        self._stream, self._index = stream, index
         self._linears = {linear.name: linear for linear in linears}
+        self.weights: dict[str, torch.Tensor]
+        self.others: dict[str, torch.Tensor]
         self._collector, self._inputs, self._targets = collector, inputs, targets
-        self.weights = {linear.name: linear.weight(block) for linear in linears}
-        self.others = {name: p.data for name, p in block.named_parameters() if p.ndim == 1}
+        self._lay_out(block)
         self.so_far: dict[str, PrunedLinear] = {}
         self.tuned: dict[str, torch.Tensor] = {}
+        self.cut: Cut | None = None
         self.peers = peers
+
+    def _lay_out(self, block: nn.Module) -> None:
+        self._block = block
+        self.weights = {linear.name: linear.weight(block) for linear in self._linears.values()}
+        self.others = {name: p.data for name, p in block.named_parameters() if p.ndim == 1}
+
+    def let_go(self) -> None:
+        """Hold on to no weights of a block that is about to be replaced."""
+        self.weights, self.others = {}, {}
+
+    def replace(self, block: nn.Module, cut: Cut) -> None:
+        """Go on with what is left of the block: the steps to come see a smaller dense one.
+
+        The statistics of its neurons are those of the neurons that are left, exactly: what makes up for the others is
+        in the weights that read them, not in these inputs.
+        """
+        self.cut = cut
+        self._lay_out(block)
+        self.gathered(cut.mlp.reader).narrow(cut.keep_U.nonzero()[:, 0].to(self._device))
 
     @property
     def num_replicas(self) -> int:
         """Replicas that work on this block, each with its own part of the sequences."""
         return self.peers.size
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences at hand."""
+        return self._inputs.num_sequences
 
     def num_mini_batches(self, size: int) -> int:
         """Return how many updates a pass over the calibration has, with `size` sequences of every replica in each."""
@@ -72,6 +99,10 @@ class Workbench:
     def sum(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replace tensors (gradients), in place, by their sums over all replicas."""
         self.peers.sum(tensors)
+
+    def from_the_first(self, tensor: torch.Tensor) -> None:
+        """Replace a contiguous tensor, in place, by what the first replica has of it."""
+        self.peers.broadcast(tensor, 0)
 
     def _shares(self) -> torch.Tensor:
         """How many sequences each replica has."""

@@ -24,8 +24,15 @@ class SmallBlock:
         numbers = range(self.num_mini_batches(size)) if order is None else order
         return [MiniBatch(here=slice(n * size, (n + 1) * size), weight=1.0) for n in numbers]
 
+    @property
+    def num_sequences(self) -> int:
+        return len(self.hidden_BTD)
+
     def sum(self, tensors: Sequence[torch.Tensor]) -> None:
         """Nobody else has sequences."""
+
+    def from_the_first(self, tensor: torch.Tensor) -> None:
+        """There is no other."""
 
 
 class SharedBlock(SmallBlock):
@@ -49,3 +56,6 @@ class SharedBlock(SmallBlock):
 
     def sum(self, tensors: Sequence[torch.Tensor]) -> None:
         self._peer.sum(tensors)
+
+    def from_the_first(self, tensor: torch.Tensor) -> None:
+        self._peer.broadcast(tensor, 0)

@@ -8,6 +8,7 @@ from pipeline.methods.magnitude import Magnitude
 from pipeline.methods.reconstruct import Reconstruct
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.methods.step import Step
+from pipeline.methods.structured.narrowing import Comp, WandaSp
 from pipeline.methods.structured.shape_step import ShortGpt, Sleb
 from pipeline.methods.wanda import Wanda
 
@@ -20,6 +21,8 @@ METHODS: dict[str, type[Step]] = {
     "admm": Admm,
     "alps": Alps,
     "dsnot": Dsnot,
+    "comp": Comp,
+    "wanda_sp": WandaSp,
     "shortgpt": ShortGpt,
     "sleb": Sleb,
 }

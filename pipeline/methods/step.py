@@ -14,6 +14,7 @@ from typing import ClassVar, Protocol
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from pipeline.anatomy import Cut
 from pipeline.lazy_weights import Maker
 from pipeline.sparsity import SemiStructured, Sparsity
 from pipeline.statistics import AnyStatistic, Gathered, Statistic
@@ -70,6 +71,9 @@ class PrunedBlock:
 
     others: dict[str, torch.Tensor] = field(default_factory=dict)
     """New values of vectors (norms, biases), by their name within the block; the rest stay as they are."""
+
+    cut: Cut | None = None
+    """What has been taken out of it before; all shapes are those of what is left."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,6 +189,10 @@ class BlockView(Protocol):
     def num_replicas(self) -> int:
         """Replicas that work on this block, each with its own part of the sequences."""
 
+    @property
+    def num_sequences(self) -> int:
+        """Sequences at hand."""
+
     def num_mini_batches(self, size: int) -> int:
         """Return how many updates a pass over the calibration has, with `size` sequences of every replica in each."""
 
@@ -196,6 +204,9 @@ class BlockView(Protocol):
 
     def sum(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replace tensors (gradients), in place, by their sums over all replicas."""
+
+    def from_the_first(self, tensor: torch.Tensor) -> None:
+        """Replace a contiguous tensor, in place, by what the first replica has of it."""
 
     @property
     def weights(self) -> Mapping[str, torch.Tensor]:

@@ -1,6 +1,6 @@
 """What choosing the blocks that go takes: how often how much of the model is run over the calibration sequences."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.config import RunConfig
 from pipeline.methods.structured.shape_step import ShapeStep
@@ -8,6 +8,7 @@ from pipeline.narrower import narrowed
 from pipeline.shape import without_last
 from pipeline.shape_record import is_settled
 from pipeline.skeleton import Skeleton
+from pipeline.width import width_left
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +48,9 @@ def planned_shape(config: RunConfig, dense: Skeleton) -> tuple[Skeleton, Choosin
     step = recipe.shape
     if step is None:
         return dense, None
-    num_dropped = step.num_dropped(dense.num_blocks, recipe.part_removed(target))
-    choosing = None if is_settled(config.output) else choosing_of(step, dense.num_blocks, num_dropped)
-    return narrowed(dense, without_last(dense.num_blocks, num_dropped)), choosing
+    ratio = recipe.part_removed(target)
+    num_dropped = step.num_dropped(dense.num_blocks, ratio)
+    width = width_left(step, dense, num_dropped, ratio)
+    settled = is_settled(config.output) or not num_dropped
+    choosing = None if settled else choosing_of(step, dense.num_blocks, num_dropped)
+    return narrowed(dense, replace(without_last(dense.num_blocks, num_dropped), width=width)), choosing

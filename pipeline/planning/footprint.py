@@ -173,9 +173,10 @@ def _collect(scale: Scale) -> Iterator[Held]:
 def _statistics(scale: Scale) -> Iterator[Held]:
     yield on_device("statistics", statistics_bytes(scale.work, scale.recipe))
     inputs = _batch_tokens(scale) * max(scale.work.widths)
-    if Gram in scale.recipe.statistics and scale.dtype != torch.float32:
+    kinds = {*scale.recipe.statistics, *scale.recipe.neuron_statistics}
+    if Gram in kinds and scale.dtype != torch.float32:
         yield on_device("inputs in float32", 4 * inputs)
-    if {ColumnSquares, Moments}.intersection(scale.recipe.statistics):
+    if {ColumnSquares, Moments} & kinds:
         yield from _squaring(scale)
 
 
@@ -189,7 +190,7 @@ def _prune(scale: Scale) -> Iterator[Held]:
     """At its largest step; what the steps before it have made is held beside its own results."""
     yield _weights(scale)
     yield on_device("statistics", statistics_bytes(scale.work, scale.recipe))
-    steps = scale.recipe.steps
+    steps = scale.recipe.at_work
     working, name = max(
         [(_made(scale, i) + _step_bytes(scale, s), type(s).__name__.lower()) for i, s in enumerate(steps)]
         or [(0, "leaving it as it is")]
@@ -197,6 +198,8 @@ def _prune(scale: Scale) -> Iterator[Held]:
     yield on_device(f"work of {name}", working)
     if scale.recipe.within_block == "sequential":
         yield on_device("activations of a batch", _forward_bytes(scale, _batch_tokens(scale)))
+    if scale.recipe.narrowing is not None and scale.recipe.narrowing.needs_targets:
+        yield on_device("activations of a sequence", _forward_bytes(scale, scale.work.num_tokens))
     if scale.recipe.block_steps:
         yield on_device("activations to learn from", _learning_bytes(scale))
 
@@ -212,7 +215,7 @@ def _step_bytes(scale: Scale, step: Step) -> int:
 def _commit(scale: Scale) -> Iterator[Held]:
     """A matrix as stored is made where the block's own is in another dtype, or elsewhere."""
     yield _weights(scale)
-    yield on_device("masks and new weights", _made(scale, len(scale.recipe.steps)))
+    yield on_device("masks and new weights", _made(scale, len(scale.recipe.at_work)))
     if scale.dtype != scale.stored or not scale.unified:
         yield on_host("a matrix as stored, and its mask", largest(scale.shapes) * (scale.stored.itemsize + 1))
     yield on_device("activations of a sequence", _forward_bytes(scale, scale.work.num_tokens))

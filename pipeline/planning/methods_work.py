@@ -11,6 +11,7 @@ from pipeline.methods.least_squares import FittingStep
 from pipeline.methods.reconstruct import Reconstruct
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.methods.step import BlockStep, Step
+from pipeline.methods.structured.narrowing import Comp, Narrowing, WandaSp
 from pipeline.planning.work import Count, Linears, Pruning, Workload, weights_of
 from pipeline.recipe import Recipe
 
@@ -32,7 +33,7 @@ LEARNING_STEP_TRAFFIC = 48
 
 def made_bytes(recipe: Recipe, num_steps: int, num_weights: int, itemsize: int) -> int:
     """Return the bytes of the masks, and of the new weights, that the first steps of a recipe have made of a block."""
-    steps = recipe.steps[:num_steps]
+    steps = [step for step in recipe.at_work[:num_steps] if step is not recipe.narrowing]
     rewritten = any(step.rewrites or step.quantises for step in steps)
     return (num_weights if steps else 0) + (num_weights * itemsize if rewritten else 0)
 
@@ -117,6 +118,17 @@ def _reconstruct(work: Workload, step: Step) -> Pruning:
     )
 
 
+def _narrowing(work: Workload, step: Step) -> Pruning:
+    """Every replica chooses and mends; they share the runs that recoveries are judged by."""
+    assert isinstance(step, Narrowing)
+    width, num_rows = work.num_neurons, work.groups[-1][-1][0]
+    num_factors, num_tried = 4 + step.num_recoveries, 1 + step.num_recoveries
+    matrices = Count(factor=num_factors / 3 * width**3, gram=2.0 * num_tried * num_rows * width**2)
+    runs = num_tried * step.held_out if step.needs_targets else 0.0
+    judged = Count(gemm=runs * work.forward_flops, hidden_read=round(2 * runs * work.boundary_bytes))
+    return Pruning(shared=judged, repeated=matrices)
+
+
 _PRUNING: dict[type[Step], Callable[[Workload, Step], Pruning]] = {
     SparseGPT: _by_input,
     Admm: _by_input,
@@ -124,4 +136,6 @@ _PRUNING: dict[type[Step], Callable[[Workload, Step], Pruning]] = {
     Besa: _besa,
     Dsnot: _dsnot,
     Reconstruct: _reconstruct,
+    Comp: _narrowing,
+    WandaSp: _narrowing,
 }

@@ -119,7 +119,7 @@ def costs(scale: Scale, choice: Choice, speeds: Speeds | None, outside_bytes: in
     """Return what the phases of a whole run take, in their order. `outside_bytes`: weights outside the blocks."""
     work, recipe, count = scale.work, scale.recipe, scale.work.num_blocks
     collect, propagate = count_collect(work, recipe), count_propagate(work)
-    prune = sum((count_prune(work, step).whole for step in recipe.steps), count_again(work, recipe))
+    prune = sum((count_prune(work, step).whole for step in recipe.at_work), count_again(work, recipe))
 
     def cost(name: str, once: Count, times: int = count) -> Cost:
         return _cost(scale, choice, speeds, name, once, times)
@@ -129,19 +129,19 @@ def costs(scale: Scale, choice: Choice, speeds: Speeds | None, outside_bytes: in
     embed = Count(weights_read=embedding, hidden_written=work.boundary_bytes)
     phases = [] if scale.generation is None else [cost("generate", _writing(work, scale.generation), 1)]
     choosing = scale.choosing
-    num_embedded = bool(recipe.steps) + scale.surveys + (choosing.models if choosing else 0)
+    num_embedded = bool(recipe.at_work) + scale.surveys + (choosing.models if choosing else 0)
     phases += [cost("embed", embed, num_embedded)] if num_embedded else []
     phases += [cost("choose", _choosing(scale, choosing), 1)] if choosing else []
     phases += [cost("survey", count_survey(work))] if scale.surveys else []
-    if recipe.steps:  # else blocks are copied as they are, and nothing is run
+    if recipe.at_work:  # else blocks are copied as they are, and nothing is run
         phases += [cost("read", count_read(work)), cost("collect", collect, 1 if choice.fused else count)]
         phases += [cost("prune", prune)]
     phases += [cost("commit", count_commit(work, recipe))]
-    if recipe.steps and choice.fused:
+    if recipe.at_work and choice.fused:
         both = propagate + collect
         both = replace(both, hidden_read=both.hidden_read - work.boundary_bytes)
         phases.append(cost("fused", both, count - 1))
-    elif recipe.steps:
+    elif recipe.at_work:
         phases.append(cost("propagate", propagate, count - 1))
     if scale.windows is not None:
         phases.append(cost("evaluate", _evaluations(scale, *scale.windows), 1))

@@ -33,6 +33,7 @@ from pipeline.planning.pace import Cost, Speeds, costs, probe_speeds
 from pipeline.planning.scale import Scale, generation_of, scale_of
 from pipeline.planning.work import count_again, count_collect, count_propagate, weights_of
 from pipeline.skeleton import Skeleton
+from pipeline.width import bytes_left, part_gone, width_of
 
 LATER_BYTES = 50 << 20
 """Resident once a run is under way and not yet where it is planned: the tokenizer, libraries loaded when needed."""
@@ -106,6 +107,12 @@ class Plan:
     forward_passes: float
     """Passes of all calibration sequences through all blocks, counting a backward pass as two."""
 
+    part_gone: float
+    """Of all blocks' parameters: what goes for good with whole blocks and neurons, rounded widths and all."""
+
+    width: int | None
+    """Neurons that are left in every block, where some of them go."""
+
     @property
     def fit(self) -> Fit:
         """How the run uses memory."""
@@ -148,7 +155,9 @@ def make_plan(config: RunConfig, directory: Path, speeds: Speeds | None, baselin
             choice=choice,
             refused=refused,
             limits={place: limit.num_bytes for place, limit in room.limits.items()},
-            output_bytes=skeleton.checkpoint.total_bytes(),
+            output_bytes=bytes_left(skeleton),
+            part_gone=part_gone(dense, skeleton),
+            width=width_of(skeleton),
             working_sets=working_sets(phases),
             forward_passes=_forward_passes(scale) + scale.surveys,
             **_totals(phases, costs(scale, choice, speeds, outside)),
@@ -257,7 +266,7 @@ def _forward_passes(scale: Scale) -> float:
     """Passes of all tokens through the model; those that end within a block count by their part of it."""
     work, recipe = scale.work, scale.recipe
     counts = [count_collect(work, recipe), count_propagate(work), count_again(work, recipe)]
-    counts += [count_prune(work, step).whole for step in recipe.block_steps]
+    counts += [count_prune(work, step).whole for step in (recipe.narrowing, *recipe.block_steps) if step is not None]
     chosen_by = scale.choosing.blocks / work.num_blocks if scale.choosing else 0.0
-    run = sum(count.gemm for count in counts) if recipe.steps else 0.0  # blocks that stay whole are copied
+    run = sum(count.gemm for count in counts) if recipe.at_work else 0.0  # blocks that stay whole are copied
     return run / work.forward_flops + chosen_by

@@ -107,6 +107,11 @@ class Workload:
         return [group[0][1] for group in self.groups]
 
     @property
+    def num_neurons(self) -> int:
+        """Of the MLP: features that its last linear, the last of all, reads."""
+        return self.widths[-1]
+
+    @property
     def all_tokens(self) -> int:
         """Tokens of all sequences."""
         return self.num_sequences * self.num_tokens
@@ -184,14 +189,15 @@ def count_collect(work: Workload, recipe: Recipe) -> Count:
     boundary, one = work.boundary_bytes, work.boundary_bytes // work.num_sequences
     if recipe.needs_targets:
         flops, traffic = work.forward_flops, Count(hidden_read=boundary, hidden_written=boundary)
-    elif recipe.needs_dense_stream or recipe.statistics:
+    elif recipe.needs_dense_stream or recipe.statistics or recipe.narrowing:
         flops, traffic = work.collect_flops, Count(hidden_read=boundary)
     else:  # only the error of the first sequence is wanted
         flops, traffic = work.forward_flops / work.num_sequences, Count(hidden_read=one)
     if recipe.needs_dense_stream:
         flops, traffic = flops + work.forward_flops, traffic + Count(hidden_read=boundary, hidden_written=boundary)
-    gram = 2.0 * work.all_tokens * gram_numel(work) if Gram in recipe.statistics else 0.0
-    return Count(gemm=flops, gram=gram) + traffic
+    numel = gram_numel(work) if Gram in recipe.statistics else 0
+    numel += work.num_neurons**2 if Gram in recipe.neuron_statistics else 0
+    return Count(gemm=flops, gram=2.0 * work.all_tokens * numel) + traffic
 
 
 def count_commit(work: Workload, recipe: Recipe) -> Count:
@@ -213,7 +219,8 @@ def count_propagate(work: Workload) -> Count:
 
 def statistics_bytes(work: Workload, recipe: Recipe) -> int:
     """Return the size of all statistics of a block."""
-    return sum(kind.bytes_of(width) for kind in recipe.statistics for width in work.widths)
+    of_neurons = sum(kind.bytes_of(work.num_neurons) for kind in recipe.neuron_statistics)
+    return of_neurons + sum(kind.bytes_of(width) for kind in recipe.statistics for width in work.widths)
 
 
 def gram_numel(work: Workload) -> int:

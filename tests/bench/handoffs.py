@@ -90,7 +90,7 @@ def run_in_stages(config: RunConfig, num_stages: int) -> float | None:
 
 def prune_stage(job: Job, boundary: Boundary, blocks: range) -> None:
     """Prune the blocks of one stage, starting from the dense hidden states before it."""
-    order = order_of(job.config, allocate(job))
+    order = order_of(job.config, allocate(job), job.source.shape)
     store, shelf = job.memory.store, ModelDirectory(job.model_directory)
     dense = store.copy("targets", boundary) if order.recipe.needs_dense_stream else None
     streams = Streams(pruned=store.copy("pruned", boundary), dense=dense)

@@ -48,6 +48,15 @@ TOLERANCE = {ColumnSquares: 1e-12, Moments: 1e-12, Gram: 1e-5}
 
 
 @KINDS
+def test_a_statistic_of_some_features_is_what_these_alone_would_have_given(kind: Kind) -> None:
+    x_TD, features = tokens(40, 12), torch.tensor([0, 3, 4, 11])
+    narrow, alone = collect(kind, x_TD).narrowed(features), collect(kind, x_TD[:, features].contiguous())
+    assert narrow.num_tokens == 40
+    for left, right in zip(narrow.sums(), alone.sums(), strict=True):
+        torch.testing.assert_close(left, right, rtol=TOLERANCE[kind], atol=1e-5 if kind is Gram else 0)
+
+
+@KINDS
 @settings(deadline=None, max_examples=30)
 @given(cuts=st.lists(st.integers(0, 200), min_size=1, max_size=7), seed=st.integers(0, 99))
 def test_merged_shards_are_the_whole(kind: Kind, cuts: list[int], seed: int) -> None:

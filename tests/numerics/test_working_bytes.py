@@ -15,7 +15,7 @@ from pipeline.methods.admm import Admm
 from pipeline.methods.alps import Alps
 from pipeline.methods.besa import Besa
 from pipeline.methods.sparsegpt import SparseGPT
-from pipeline.methods.structured.shape_step import ShapeStep
+from pipeline.methods.structured.shape_step import ShortGpt, Sleb
 from pipeline.statistics import ColumnSquares, Gram, Moments
 
 CHILD = """
@@ -31,7 +31,8 @@ from pipeline.methods.besa import Besa
 from pipeline.methods.reconstruct import Reconstruct
 from pipeline.methods.quantisation import Quantize
 from pipeline.methods.step import BlockStep, LinearView, MiniBatch, PrunedLinear
-from pipeline.methods.structured.shape_step import ShapeStep
+from pipeline.methods.structured.narrowing import Narrowing, Neurons
+from pipeline.methods.structured.shape_step import ShortGpt, Sleb
 from pipeline.sparsity import SemiStructured, Unstructured
 from pipeline.statistics import ColumnSquares, Gathered, Gram, Moments
 
@@ -58,6 +59,11 @@ class Chain:
     def num_mini_batches(self, size):
         return 2
 
+    num_sequences = 2
+
+    def from_the_first(self, tensor):
+        pass
+
     def mini_batches(self, size, order=None):
         return [MiniBatch(here=slice(0, 1), weight=1.0), MiniBatch(here=slice(1, 2), weight=1.0)]
 
@@ -78,6 +84,10 @@ def prune(step, chain):
     if isinstance(step, BlockStep):
         asked = SemiStructured(keep=2, group=4) if step == Besa(mix=True) else HALF
         return step.prune(chain, asked, lambda figures: None)
+    if isinstance(step, Narrowing):
+        gathered = Gathered(chain.statistic("2", kind) for kind in step.neuron_statistics)
+        width = len(chain.weights["2"])
+        return step.cut(chain, Neurons(reader="2", num_kept=width * 3 // 4, gathered=gathered, num_fitted=1), print)
     solve = step.solver(Gathered(chain.statistic("0", kind) for kind in step.statistics))
     return [solve(view(step, chain, name)) for name in chain.weights]
 
@@ -95,7 +105,7 @@ torch.manual_seed(0)
 torch.set_num_threads(1)
 warm, chain = Chain(64), Chain(int(sys.argv[1]))
 shapes, measured = {name: tuple(weight.shape) for name, weight in chain.weights.items()}, {}
-steps = {name: method(**SHORT.get(name, {})) for name, method in METHODS.items() if not issubclass(method, ShapeStep)}
+steps = {name: method(**SHORT.get(name, {})) for name, method in METHODS.items() if method not in (ShortGpt, Sleb)}
 steps |= {"besa on grids": Besa(quantize=Quantize()), "besa in a mix": Besa(mix=True)}
 steps["reconstruct gradually"] = Reconstruct(gradual=True, epochs=2)
 for name, step in steps.items():
@@ -133,7 +143,7 @@ def measured() -> dict[str, list[int]]:
 @pytest.mark.parametrize(
     "name",
     [
-        *(name for name, method in METHODS.items() if not issubclass(method, ShapeStep)),
+        *(name for name, method in METHODS.items() if method not in (ShortGpt, Sleb)),
         "besa on grids",
         "reconstruct gradually",
     ],

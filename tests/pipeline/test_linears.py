@@ -39,7 +39,7 @@ class Bench:
         self.groups, self.gathered = self.collector.groups, self.collector.gathered
         self.so_far: dict[str, PrunedLinear] = {}
         self.tuned: dict[str, torch.Tensor] = {}
-        self.peers = Alone()
+        self.peers, self.cut = Alone(), None
 
 
 def test_what_one_linear_forgets_all_that_share_its_input_forget() -> None:

@@ -9,12 +9,14 @@ from pipeline.budget import Place
 from pipeline.memory_config import Tier
 from pipeline.methods.besa import Besa
 from pipeline.methods.sparsegpt import SparseGPT
+from pipeline.methods.structured.narrowing import Comp
 from pipeline.methods.wanda import Wanda
 from pipeline.planning.footprint import READ_BUFFERS, Choice, footprint
 from pipeline.planning.held import Phase
 from pipeline.planning.scale import Scale
+from pipeline.recipe import Recipe
 from pipeline.sparsity import SLAB_NUMEL
-from tests.scales import LLAMA_70B, scale_70b
+from tests.scales import LLAMA_70B, F, scale_70b
 
 BASELINE = 500_000_000
 BLOCK = 2 * (LLAMA_70B.num_weights + 2 * 8192)
@@ -108,6 +110,15 @@ def test_a_recipe_of_two_steps_holds_what_the_first_has_made_beside_the_second()
     both, alone = (phases_of(scale_70b(*steps))["prune"] for steps in ((Besa(), SparseGPT()), (SparseGPT(),)))
     added = held(both, "work of sparsegpt")[1] - held(alone, "work of sparsegpt")[1]
     assert added == LLAMA_70B.num_weights  # its masks
+
+
+def test_a_cut_of_a_70b_block_holds_one_matrix_of_its_neurons_pairs_beside_the_statistic() -> None:
+    scale = replace(scale_70b(Wanda()), recipe=Recipe(steps=(Wanda(),), shape=Comp()))
+    phases = phases_of(scale)
+    pairs, readers = F**2, 8192 * F
+    assert held(phases["collect"], "statistics") == ("device", 4 * pairs + 8 * (3 * 8192 + F))
+    assert held(phases["prune"], "work of comp") == ("device", 8 * (pairs + 2 * readers + 3 * (1 << 20)))
+    assert held(phases["commit"], "masks and new weights")[1] == scale.work.num_weights
 
 
 def test_an_evaluation_holds_a_block_and_its_windows_or_the_head_and_its_logits() -> None:

@@ -13,6 +13,7 @@ from pipeline.methods.besa import Besa
 from pipeline.methods.magnitude import Magnitude
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.methods.step import Step
+from pipeline.methods.structured.narrowing import Comp, WandaSp
 from pipeline.methods.wanda import Wanda
 from pipeline.planning.methods_work import SELECTION_TRAFFIC, count_prune
 from pipeline.planning.work import (
@@ -79,6 +80,30 @@ def test_gram_matrices_take_a_product_of_all_pairs_of_features() -> None:
     assert statistics_bytes(LLAMA_70B, recipe(Wanda())) == 8 * (3 * D + F)
     assert statistics_bytes(LLAMA_70B, recipe(Besa(), SparseGPT())) == 4 * pairs + 8 * (3 * D + F)
     assert statistics_bytes(LLAMA_70B, recipe(Magnitude())) == 0
+
+
+def test_neurons_take_one_gram_matrix_whatever_the_steps_after_them_take() -> None:
+    alone, then = Recipe(steps=(), shape=Comp()), Recipe(steps=(SparseGPT(),), shape=Comp())
+    assert statistics_bytes(LLAMA_70B, alone) == 4 * F**2
+    assert statistics_bytes(LLAMA_70B, then) == 4 * (3 * D**2 + 2 * F**2)
+    assert count_collect(LLAMA_70B, alone).gram == pytest.approx(2 * LLAMA_70B.all_tokens * F**2)
+    by_score = Recipe(steps=(), shape=WandaSp())
+    assert statistics_bytes(LLAMA_70B, by_score) == 8 * F
+    assert count_collect(LLAMA_70B, by_score).gemm == pytest.approx(LLAMA_70B.collect_flops)
+
+
+def test_a_cut_is_factorised_by_every_replica_and_judged_on_the_sequences_held_out() -> None:
+    assert then_of(Comp()) == (Comp(), SparseGPT())
+    none, mask = (count_prune(LLAMA_70B, Comp.model_validate({"recovery": name})) for name in ("none", "mask"))
+    assert none.repeated.factor == pytest.approx(4 / 3 * F**3)
+    assert mask.repeated.factor == pytest.approx((4 + 5) / 3 * F**3)
+    assert none.shared == Count()
+    assert mask.shared.gemm == pytest.approx(6 / 8 * LLAMA_70B.forward_flops)
+
+
+def then_of(comp: Comp) -> tuple[Step, ...]:
+    """What works on a block, in turn."""
+    return Recipe(steps=(SparseGPT(),), shape=comp).at_work
 
 
 def test_sparsegpt_is_pieces_of_which_the_widest_input_is_the_largest() -> None:

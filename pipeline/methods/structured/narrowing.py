@@ -1,0 +1,266 @@
+"""The step that makes blocks narrower: neurons go by a metric, and what is left is mended in closed form.
+
+    choose    which neurons stay, by the matrix condition (COMP) or a simpler score
+    mend      several recoveries are worked out from the sequences that are learnt from
+    judge     each is run on the sequences held out, against the dense block; where none helps, none is taken
+
+Shapes: O = out features of the linear that reads the neurons, U = neurons, K = those that are kept.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import partial
+from itertools import chain
+from typing import Literal, cast
+
+import torch
+from pydantic import Field
+
+from pipeline.errors import ConfigError
+from pipeline.methods.step import BlockView, Report, Shapes
+from pipeline.methods.structured.baselines import fluctuation, wanda_sp
+from pipeline.methods.structured.depth import num_to_drop
+from pipeline.methods.structured.mask_problem import SLAB_NUMEL, MaskProblem
+from pipeline.methods.structured.recovery import DAMPINGS, best_of, folded, is_sound, solved
+from pipeline.methods.structured.selection import Metric, Rounds, Selection, keep_without_lowest, select
+from pipeline.methods.structured.shape_step import Depth, ShapeStep
+from pipeline.sparsity import SemiStructured, Sparsity
+from pipeline.statistics import ColumnSquares, Gathered, Gram, Moments, Statistic, relative_error
+
+NeuronMetric = Literal["condition", "forward", "kappa", "wanda_sp", "flap"]
+Recovery = Literal["mask", "lstsq", "none"]
+
+_SCORED_BY: dict[str, type[Statistic]] = {"wanda_sp": ColumnSquares, "flap": Moments}
+"""What the metrics that are a score alone need; the others need the Gram matrix."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Neurons:
+    """The neurons of a block, and what is asked of them."""
+
+    reader: str
+    """The linear that reads them, by its name within the block."""
+
+    num_kept: int
+    gathered: Gathered
+    """Statistics of the reader's inputs, over the sequences of all replicas that are to be learnt from."""
+
+    num_fitted: int
+    """Sequences at hand, from the first on, that these are of; the others are held out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CutBlock:
+    """What is to be left of a block."""
+
+    keep_U: torch.Tensor
+    """bool, True = kept."""
+
+    folded_OK: torch.Tensor | None = None
+    """New values of the columns of the reader that are left, or None where they stay as they are."""
+
+    notes: dict[str, float] = field(default_factory=dict)
+    """Figures worth recording with the commit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mended:
+    """One way to make up for the neurons that are gone."""
+
+    folded_OK: torch.Tensor | None
+    """float64; None: the columns that are left stay as they are."""
+
+    damping: float = 0.0
+
+
+class Narrowing(ShapeStep):
+    """Removes neurons of all blocks, as many of each, and whole blocks beside."""
+
+    depth: Depth = "one_shot"
+    """How the blocks that go are chosen: by one survey of the dense model (`one_shot`), surveyed anew without those
+    that are gone (`rescored`), or by the model's loss (`greedy`)."""
+
+    depth_fraction: float = Field(default=0.0, ge=0, le=1)
+    """The part of what goes that goes with whole blocks, as far as whole ones fit into it."""
+
+    neuron_metric: NeuronMetric = "condition"
+    """By what neurons are judged: how much the error rises when one goes and all others are rescaled (`condition`),
+    what it alone carries (`forward`), how far others stand in for it (`kappa`), or scores of Wanda-sp and FLAP."""
+
+    recovery: Recovery = "mask"
+    """What makes up for them: rescaling the others (`mask`), solving for all weights that read them (`lstsq`), or
+    nothing (`none`). It is given up in a block where it does not help on the sequences held out."""
+
+    rounds: int = Field(default=16, ge=1)
+    """In so many rounds neurons go; after each the mask and the scores are brought up to date."""
+
+    damping: float = Field(default=0.01, gt=0)
+    """Ridge of the rounds, as a multiple of the neurons' mean size."""
+
+    mask_var_max: float = Field(default=0.01, gt=0)
+    """The largest variance of the mask; where a round would pass it, the mask stays as it was from then on."""
+
+    multiple: int | None = Field(default=None, ge=1)
+    """Of what number the width is to be a multiple; absent: the largest of 256, 128, … 8 that costs little."""
+
+    held_out: float = Field(default=0.125, gt=0, lt=1)
+    """Part of the sequences that recoveries are judged on and not worked out from."""
+
+    def refusal(self, sparsity: Sparsity) -> str | None:
+        """Refuse patterns: neurons and blocks go whole."""
+        if isinstance(sparsity, SemiStructured):
+            return (
+                f"{self.method} removes neurons and whole blocks, which have no pattern such as {sparsity}; give a "
+                "fraction, or put a step that masks weights after it"
+            )
+        return None
+
+    def num_dropped(self, num_blocks: int, ratio: Fraction) -> int:
+        """Return how many whole blocks fit into their part of what goes; neurons make up the rest."""
+        return num_to_drop(num_blocks, ratio, Fraction(repr(self.depth_fraction)))
+
+    @property
+    def neuron_statistics(self) -> tuple[type[Statistic], ...]:
+        """What the metric needs, and the Gram matrix for a recovery."""
+        kinds = [_SCORED_BY.get(self.neuron_metric, Gram), *([] if self.recovery == "none" else [Gram])]
+        return tuple(dict.fromkeys(kinds))
+
+    @property
+    def needs_targets(self) -> bool:
+        """Where there is a recovery to judge."""
+        return self.recovery != "none"
+
+    @property
+    def num_recoveries(self) -> int:
+        """How many are worked out and judged in every block, beside none."""
+        return 0 if self.recovery == "none" else len(DAMPINGS) + (self.recovery == "mask")
+
+    def num_fitted(self, num_sequences: int) -> int:
+        """Return all, or where there is a recovery to judge all but those held out (one at least, if there are two)."""
+        if not self.needs_targets or num_sequences < 2:
+            return num_sequences
+        return num_sequences - max(1, round(self.held_out * num_sequences))
+
+    def working_bytes(self, shapes: Shapes, groups: Sequence[Sequence[str]], dtype: torch.dtype) -> int:
+        """A matrix of the neurons' pairs, the weights that read them and the best recovery of these, in float64."""
+        num_rows, num_columns = shapes[groups[-1][-1]]
+        if self.recovery == "none" and self.neuron_metric in _SCORED_BY:
+            return 16 * num_rows * num_columns  # the weights, and their sizes
+        matrices = 1 if self.recovery == "none" else 2
+        return 8 * (num_columns**2 + matrices * num_rows * num_columns + 3 * SLAB_NUMEL)
+
+    @torch.no_grad()
+    def cut(self, block: BlockView, neurons: Neurons, report: Report) -> CutBlock:
+        """Choose the neurons that stay; mend the block where that helps on the sequences held out.
+
+        Raises ConfigError where a recovery is asked for and no sequence can be held out to judge it by, NumericsError
+        where the Gram matrix cannot be factorised.
+        """
+        weight_OU = block.weights[neurons.reader]
+        selection = self._choose(weight_OU, neurons)
+        keep_U = selection.keep_U
+        block.from_the_first(keep_U)
+        if not self.needs_targets:
+            return CutBlock(keep_U=keep_U, notes=selection.notes)
+        judge = _Judge(block, neurons, keep_U)
+        best = best_of(self._recoveries(block, neurons, selection), judge.error)
+        notes = {"error_before": judge.errors[0], "error_after": min(judge.errors), "recovered": 0.0}
+        if best.folded_OK is not None:
+            notes |= {"recovered": 1.0, "recovery_damping": best.damping}
+        report({"error": notes["error_after"]})
+        return CutBlock(keep_U=keep_U, folded_OK=best.folded_OK, notes={**selection.notes, **notes})
+
+    def _choose(self, weight_OU: torch.Tensor, neurons: Neurons) -> Selection:
+        num_pruned, gathered = weight_OU.shape[1] - neurons.num_kept, neurons.gathered
+        if self.neuron_metric in _SCORED_BY:
+            if self.neuron_metric == "flap":
+                score_U = fluctuation(weight_OU, gathered.of(Moments).variance_D)
+            else:
+                score_U = wanda_sp(weight_OU, gathered.of(ColumnSquares).squares_D)
+            keep_U = keep_without_lowest(score_U, num_pruned)
+            return Selection(keep_U=keep_U, mask_U=keep_U.double(), num_unmet=0, rise=0.0, notes={})
+        rounds = Rounds(
+            metric=cast(Metric, self.neuron_metric), num_rounds=self.rounds, damping=self.damping,
+            mask_var_max=self.mask_var_max, at_bound="freeze",
+        )  # fmt: skip
+        return select(MaskProblem(weight_OD=weight_OU, gram_DD=gathered.of(Gram).gram_DD), num_pruned, rounds)
+
+    def _recoveries(self, block: BlockView, neurons: Neurons, selection: Selection) -> Iterator[Mended]:
+        """Yield what may make up for the neurons, beginning with nothing; the same on every replica."""
+        yield Mended(folded_OK=None)
+        weight_OU, gram_UU = block.weights[neurons.reader], neurons.gathered.of(Gram).gram_DD
+        keep_U = selection.keep_U
+        if self.recovery == "lstsq":
+            for damping in DAMPINGS:
+                solved_OK, used = solved(weight_OU, gram_UU, keep_U, damping)
+                solved_OK = solved_OK.contiguous()
+                block.from_the_first(solved_OK)
+                yield Mended(folded_OK=solved_OK, damping=used)
+            return
+        problem = MaskProblem(weight_OD=weight_OU, gram_DD=gram_UU)
+        tuned = ((damping, problem.tuned(keep_U, damping)) for damping in DAMPINGS)
+        for damping, mask_U in chain([(self.damping, selection.mask_U)], tuned):
+            block.from_the_first(mask_U)
+            if is_sound(mask_U):
+                yield Mended(folded_OK=folded(weight_OU[:, keep_U], mask_U[keep_U]), damping=damping)
+
+
+class Comp(Narrowing):
+    """Removes neurons that the others can stand in for, rescales these, and drops blocks of least influence (COMP)."""
+
+    method = "comp"
+
+    depth_fraction: float = Field(default=0.5, ge=0, le=1)
+    """The part of what goes that goes with whole blocks, as far as whole ones fit into it."""
+
+
+class WandaSp(Narrowing):
+    """Removes neurons of the least mean score of Wanda, and makes up for nothing (An et al., 2312.11983)."""
+
+    method = "wanda_sp"
+
+    neuron_metric: NeuronMetric = "wanda_sp"
+    """By what neurons are judged; see comp."""
+
+    recovery: Recovery = "none"
+    """What makes up for them; see comp."""
+
+
+class _Judge:
+    """Runs a block without some neurons on the sequences held out of all replicas."""
+
+    def __init__(self, block: BlockView, neurons: Neurons, keep_U: torch.Tensor) -> None:
+        self._block, self._reader, self._keep_U = block, neurons.reader, keep_U
+        self._held_out = range(neurons.num_fitted, block.num_sequences)
+        self._device = keep_U.device
+        self.errors: list[float] = []
+        """Of every recovery so far."""
+
+    def error(self, mended: Mended) -> float:
+        """Return the mean relative error of the block's outputs over the sequences held out."""
+        total_2 = torch.zeros(2, dtype=torch.float64, device=self._device)
+        for number in self._held_out:
+            here = slice(number, number + 1)
+            output = self._block.output({self._reader: partial(self._weight, mended)}, here)
+            total_2[0] += relative_error(output, self._block.target(here, "pruned")).double()
+            total_2[1] += 1
+        self._block.sum([total_2])
+        error, count = total_2.tolist()
+        if count == 0:
+            raise ConfigError(
+                "a recovery is judged on sequences held out, and with one sequence of calibration (or one on each "
+                "replica) there is none to hold out; set calibration.sequences to 2 at least for every replica, or "
+                "`recovery: none`"
+            )
+        self.errors.append(error / count)
+        return self.errors[-1]
+
+    def _weight(self, mended: Mended) -> torch.Tensor:
+        """The reader at its full shape, zero where neurons are gone."""
+        dense_OU = self._block.weights[self._reader]
+        if mended.folded_OK is None:
+            return dense_OU * self._keep_U
+        made_OU = torch.zeros_like(dense_OU)
+        made_OU[:, self._keep_U] = mended.folded_OK.to(dense_OU.dtype)
+        return made_OU
