@@ -30,6 +30,7 @@ from pipeline.errors import (
     BudgetExceeded,
     CalibrationError,
     CheckpointError,
+    ClusterUnreachable,
     ConfigChanged,
     ConfigError,
     GateFailed,
@@ -51,6 +52,10 @@ WOULD_COME_AGAIN = (
     BudgetExceeded, CalibrationError, CheckpointError, ConfigError, GateFailed, NumericsError, VerificationError,
 )  # fmt: skip
 """Errors that another try would meet again: the release is quarantined at once."""
+
+MAY_LAST = (NoRoom, ClusterUnreachable)
+"""Errors that are waited out for as long as they last: a release is never quarantined for them. A job may be going on
+in a cluster out of reach, and quarantine would take its files away."""
 
 BUSY_SECONDS = 30.0
 """Before a release whose run directory another process still holds is looked at again."""
@@ -124,7 +129,7 @@ class Worker:
             step = claim.release.step
             self._state.change(claim, lambda release, now: lifecycle.quarantined(release, f"{step}: {reason}", now))
         else:
-            failed = partial(lifecycle.failed, may_last=isinstance(error, NoRoom))
+            failed = partial(lifecycle.failed, may_last=isinstance(error, MAY_LAST))
             policy = self._config.retry_policy
             self._state.change(claim, lambda release, now: failed(release, reason, policy, now))
 

@@ -11,7 +11,7 @@ from cluster.watch.discovery import discover
 from cluster.watch.hub import new_api
 from cluster.watch.pruning import InThisProcess
 from pipeline.config import RunConfig
-from pipeline.errors import NumericsError, RunLocked, RunStopped, StateError, StorageError
+from pipeline.errors import ClusterUnreachable, NumericsError, RunLocked, RunStopped, StateError, StorageError
 from pipeline.progress import StopAsked
 from pipeline.run import run
 from tests.cluster.watch.conftest import TOKEN
@@ -137,6 +137,23 @@ def test_a_release_without_room_waits_for_it_however_long(
             clock.now = release.due
     assert "of disk, and 0 B are free in" in release.reason
     assert [release.status for release in Watch(settings(tmp_path, text), clock).once()] == ["published"]
+
+
+def test_a_cluster_out_of_reach_is_waited_for_and_its_job_keeps_its_files(
+    hub: HubServer, tiny: Path, text: Path, tmp_path: Path, clock: Clock
+) -> None:
+    hub.push("acme/tiny", tiny)
+
+    def lost(config: RunConfig, log: Path, stop_asked: StopAsked) -> None:
+        (config.output / "of-the-job").mkdir(parents=True, exist_ok=True)
+        raise ClusterUnreachable("http://head:8265 does not answer")
+
+    watch = Watch(settings(tmp_path, text, retry={"attempts": 2, "first_wait": 60.0}), clock, lost)
+    for num_failures in range(1, 5):
+        (release,) = watch.once()
+        assert (release.status, release.failures) == ("waiting", num_failures)
+        assert len(list((tmp_path / "work").glob("*/run/of-the-job"))) == 1
+        clock.now += 7 * 3600
 
 
 def test_a_stop_is_heeded_between_two_models_of_a_source(
