@@ -22,6 +22,8 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
+from ray._raylet import AuthenticationTokenLoader
+
 from tests.cluster.ray_session import QUIET, STORE_BYTES, remove
 from tests.integration.processes import PATIENCE, ROOT
 
@@ -63,6 +65,11 @@ def ray_head(scratch: Path, num_cpus: int = 4) -> Iterator[Head]:
     finally:
         end(process)
         remove(directory)
+
+
+def forget_token() -> None:
+    """Have Ray look for a token anew: a process keeps the first it has found, for clusters of its own as well."""
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

@@ -8,7 +8,6 @@ import pytest
 import ray
 import yaml
 
-from cluster import cli
 from tests.integration.clusters import alone, forked_workers, spread
 from tests.integration.support import carry_out, outcome, refusal, run_command, write_text
 from tests.tiny import save_tiny
@@ -63,7 +62,7 @@ def test_without_ray_a_run_over_a_cluster_is_refused(
     def absent(name: str) -> None:
         assert name == "ray"
 
-    monkeypatch.setattr(cli, "find_spec", absent)
+    monkeypatch.setattr("cluster.run.find_spec", absent)
     said = refusal(configuration(settings, tmp_path), tmp_path / "source", monkeypatch, capsys)
     assert said == (
         "the settings have a `cluster` section, but ray is not installed; pip install 'secateur[cluster]', or remove "

@@ -14,7 +14,7 @@ import yaml
 from pipeline.ledger import LEDGER_NAME, Ledger, RunLock
 from tests.integration.clusters import COMPUTE, NUM_BLOCKS, six_blocks, spread
 from tests.integration.processes import PATIENCE
-from tests.integration.ray_heads import Head, bare_environment, environment_with_wheel, ray_head
+from tests.integration.ray_heads import Head, bare_environment, environment_with_wheel, forget_token, ray_head
 from tests.integration.support import RecipeEntries, carry_out, digests, job, outcome, run_command
 
 SLOW: RecipeEntries = ({"besa": {"epochs": 24}},)
@@ -41,11 +41,13 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 
 
 @pytest.fixture
-def address(head: Head, monkeypatch: pytest.MonkeyPatch) -> str:
+def address(head: Head, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of the cluster, whose token this process has, and where another is named beside."""
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(head.token_file))
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
-    return head.address
+    yield head.address
+    forget_token()
 
 
 def environment_of(head: Head) -> dict[str, str]:
