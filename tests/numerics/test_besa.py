@@ -47,7 +47,6 @@ class MlpBlock(SmallBlock):
             "up": normal(80, 40, seed=2) * torch.where(specks_OD, 1e-3, 1.0),
             "down": 0.3 * normal(40, 80, seed=3),
         }
-        self.num_sequences = len(self.hidden_BTD)
         self._inputs = {"up": self.hidden_BTD, "down": self._hidden_units(self.weights["up"], self.hidden_BTD)}
 
     @staticmethod
