@@ -178,8 +178,10 @@ class UnderWay:
             assert set(note["redone"]) <= set(self.witness.said)
         for stage, attempt in self._must_return:
             again = f"stage {stage} starts again (attempt {attempt + 1}): "
-            (note,) = [note for note in notes if any(line.startswith(again) for line in note["redone"])]
-            assert re.search(rf"stage {stage} (replica|gives way)", note["cause"]), note
+            found = [note for note in notes if any(line.startswith(again) for line in note["redone"])]
+            assert len(found) <= 1  # none where its last commits were on their way when it died
+            for note in found:
+                assert re.search(rf"stage {stage} (replica|gives way)", note["cause"]), note
 
     def _alive(self) -> list[Victim]:
         """The workers that are alive; Ray takes a moment to see that one is not."""

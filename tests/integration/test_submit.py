@@ -225,7 +225,10 @@ def test_a_job_that_fails_gives_its_exit_status_and_its_reason(
             {"RAY_AUTH_TOKEN": "of-another-cluster"},
             "does not take the token in RAY_AUTH_TOKEN; put the cluster's token",
         ),
-        ({"RAY_AUTH_MODE": "disabled"}, "asks for a token, and RAY_AUTH_MODE=disabled keeps it back"),
+        (
+            {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "of-another-cluster"},
+            "asks for a token, and RAY_AUTH_MODE=disabled keeps it back",
+        ),
         (
             {"RAY_AUTH_TOKEN_PATH": "", "HOME": "/nowhere"},
             "asks for a token, and there is none here; put the cluster's",
