@@ -36,6 +36,9 @@ class Measured:
     imports: int
     """Bytes that were resident before the run began."""
 
+    elapsed: float
+    """Seconds from then on until its end."""
+
     report: dict[str, Any]
 
     @property
@@ -53,14 +56,16 @@ def measure(config: dict[str, Any]) -> Measured:
         while child.stdout.readline() != "imported\n":
             if child.poll() is not None:
                 raise RuntimeError(child.communicate()[1])
+        began = time.perf_counter()
         imports = peak = status_bytes(child.pid, "VmRSS")
         while child.poll() is None:
             peak = max(peak, status_bytes(child.pid, "VmHWM"))
             time.sleep(SAMPLE_SECONDS)
         printed, errors = child.communicate()
+        elapsed = time.perf_counter() - began
         if child.returncode:
             raise RuntimeError(errors)
-    return Measured(peak=peak, imports=imports, report=json.loads(printed.splitlines()[-1]))
+    return Measured(peak=peak, imports=imports, elapsed=elapsed, report=json.loads(printed.splitlines()[-1]))
 
 
 def status_bytes(pid: int, key: str) -> int:

@@ -12,10 +12,12 @@ from pipeline.calibration import CalibrationConfig, load_calibration
 from pipeline.config import validated
 from pipeline.errors import CalibrationError, ConfigError
 from tests.bench.quality.__main__ import work_through
-from tests.bench.quality.plan import BENCH, Bench, Run, load_bench
+from tests.bench.quality.plan import BENCH, SMALLER, Bench, Run, load_bench
 from tests.bench.quality.results import Figures, Result, Results, code_digest
 from tests.bench.quality.runs import Workshop, open_workshop, require_achieved
-from tests.bench.quality.tables import BEGIN, END, PLOT, Board, board_of, rewrite, section, sparsity_table
+from tests.bench.quality.smaller import smaller_section
+from tests.bench.quality.tables import Board, board_of, marks_of, rewrite, section, sparsity_table
+from tests.bench.quality.weighing import Weight
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -165,15 +167,28 @@ def test_what_is_no_longer_so_is_not_shown(bench: Bench) -> None:
 
 
 def test_the_tables_go_between_the_marks_of_the_readme(tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(f"# A\n{BEGIN}\nold\n{END}\n# B\n")
-    rewrite(readme, "new")
-    assert readme.read_text() == f"# A\n{BEGIN}\n\nnew\n\n{END}\n# B\n"
-    readme.write_text(f"{END} {BEGIN}")
-    with pytest.raises(ValueError, match=r"has not the marks .*, in this order"):
-        rewrite(readme, "new")
-    ours = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert 0 < ours.index(BEGIN) < ours.index(END)
+    readme, ours = tmp_path / "README.md", (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in (BENCH, SMALLER):
+        begin, end = marks = marks_of(load_bench(path))
+        readme.write_text(f"# A\n{begin}\nold\n{end}\n# B\n")
+        rewrite(readme, marks, "new")
+        assert readme.read_text() == f"# A\n{begin}\n\nnew\n\n{end}\n# B\n"
+        readme.write_text(f"{end} {begin}")
+        with pytest.raises(ValueError, match=r"has not the marks .*, in this order"):
+            rewrite(readme, marks, "new")
+        assert 0 < ours.index(begin) < ours.index(end)
+
+
+def test_smaller_models_stand_in_their_table_with_what_they_weigh() -> None:
+    bench = load_bench(SMALLER)
+    assert {0.1, 0.2, 0.3} <= {run.sparsity for run in bench.runs()}
+    run = Run(recipe="comp", sparsity=0.2, size="16x256", seed=0)
+    made = result(bench, run)
+    weight = Weight(parameters=112_697_280, part_removed=0.2056, num_bytes=225_400_000, reading=1.25, writing=1.5)
+    weighed = replace(made, figures=replace(made.figures, elapsed=61.0, weight=weight))
+    lines = smaller_section(board_of(bench, [result(bench, None, 27.43), weighed], "m")).splitlines()
+    assert "| comp | 20.6% | 112,697,280 | 225.4 MB | 50.00 | 50.00 | 1.25 | 1.50 | 61 s | 0.21 GB |" in lines
+    assert "**20% of the blocks' parameters** (reading and writing: tokens a second, dense = 1):" in lines
 
 
 def test_the_picture_is_small_and_always_the_same(bench: Bench, tmp_path: Path) -> None:
@@ -186,7 +201,6 @@ def test_the_picture_is_small_and_always_the_same(bench: Bench, tmp_path: Path) 
     assert drawn == (tmp_path / "b.svg").read_bytes()
     assert len(drawn) < 100_000
     assert all(name in drawn.decode() for name in bench.recipes)
-    assert (ROOT / PLOT).parent.is_dir()
 
 
 Opened = Callable[..., Workshop]
@@ -202,7 +216,8 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Opened:
     def open_one(**changed: Any) -> Workshop:
         text = {"text": "text.txt", "sequence_length": 16, "windows": 4}
         raw = {
-            "calibrate": {"text": "text.txt"}, "sizes": ["4x16"], "evaluate": {"one": text, "two": text},
+            "name": "small", "calibrate": {"text": "text.txt"}, "sizes": ["4x16"],
+            "evaluate": {"one": text, "two": text},
             "compute": {"dtype": "float32", "threads": 1}, "recipes": {"wanda": {"prune": {"recipe": ["wanda"]}}},
             "rounds": [{"priority": 1, "sparsities": [0.5], "seeds": [0]}], "references": {"dense": 1, "recipes": {}},
         }  # fmt: skip
@@ -239,6 +254,23 @@ def test_a_bench_prunes_evaluates_remembers_and_says_what_failed(
     assert Results(tmp_path / "results.jsonl").find(run, workshop.facts(run), workshop.code) == wanda
     assert work_through([run], workshop, results, minutes=0) == 0
     assert "left out, for it would end after 0 minutes" in capsys.readouterr().err
+
+
+def test_a_smaller_model_is_weighed_beside_the_dense_one(opened: Opened, tmp_path: Path) -> None:
+    half = {"comp": {"prune": {"recipe": [{"comp": {"depth_fraction": 0.0}}]}}}
+    workshop = opened(recipes=half, rounds=[{"priority": 1, "sparsities": [0.2], "seeds": [0]}])
+    (run,) = workshop.bench.runs()
+    results = Results(tmp_path / "results.jsonl")
+    assert work_through([run], workshop, results, minutes=float("inf")) == 0
+    (made,) = Results(tmp_path / "results.jsonl").all
+    weight = made.figures.weight
+    assert weight is not None
+    assert made == results.all[0]
+    assert weight.part_removed == pytest.approx(0.2, abs=0.02)
+    assert 0 < weight.parameters < weight.num_bytes
+    assert min(weight.reading, weight.writing) > 0
+    assert made.figures.elapsed is not None
+    assert made.figures.elapsed > made.figures.seconds
 
 
 def test_a_run_that_pruned_other_than_asked_gives_no_figures() -> None:

@@ -3,9 +3,10 @@
     python -m tests.bench.quality MODEL --out DIR --data DATA           runs what is missing, the most telling first
     python -m tests.bench.quality MODEL --out DIR --table [README.md]   runs nothing; shows, or rewrites the README
 
-What is run is in `quality.yaml`; DATA holds its texts. Every run is a process of its own and, once done, a line of
-DIR/results.jsonl: a bench that was stopped goes on where it was. What was made with other code, settings, tokens,
-versions or another number of threads is made again. DIR also gets quality.md and quality.svg.
+What is run is in `quality.yaml` (or `--bench smaller.yaml`: models that are really smaller, with their size and speed);
+DATA holds its texts. Every run is a process of its own and, once done, a line of DIR/results.jsonl: a bench that was
+stopped goes on where it was. What was made with other code, settings, tokens, versions or another number of threads is
+made again. DIR also gets the tables and the picture.
 """
 
 import argparse
@@ -18,16 +19,18 @@ from pathlib import Path
 
 from pipeline.errors import SecateurError
 from pipeline.ledger import RunLock
-from tests.bench.quality.plan import Run, load_bench
+from tests.bench.quality.plan import BENCH, Run, load_bench
 from tests.bench.quality.results import Results
 from tests.bench.quality.runs import Workshop, fingerprint, open_workshop
-from tests.bench.quality.tables import PLOT, Board, board_of, rewrite, section
+from tests.bench.quality.smaller import smaller_section
+from tests.bench.quality.tables import Board, board_of, marks_of, rewrite, section
 
 
 def parsed() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="the dense model's directory")
+    parser.add_argument("--bench", default=BENCH.name, metavar="FILE", help=f"a bench beside this file ({BENCH.name})")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="results, and room for one pruned model")
     parser.add_argument("--data", type=Path, default=Path("data"), help="directory of the bench's texts (data)")
     parser.add_argument("--only", default="", metavar="TEXT", help="runs with this in their name, as --list gives it")
@@ -41,7 +44,8 @@ def parsed() -> argparse.Namespace:
 
 def main() -> int:
     """Do what is asked for; return the exit status: 1 where runs have failed."""
-    asked, bench = parsed(), load_bench()
+    asked = parsed()
+    bench = load_bench(BENCH.with_name(Path(asked.bench).name))
     num_failed = 0
     with RunLock(asked.out):
         results = Results(asked.out / "results.jsonl")
@@ -99,20 +103,29 @@ def show(board: Board, out: Path, readme: Path | None) -> None:
     if not board.results:
         say("no results yet")
         return
-    content = section(board)
-    (out / "quality.md").write_text(content + "\n", encoding="utf-8")
-    if find_spec("matplotlib") is None:
-        say("no picture, for want of matplotlib: pip install 'secateur[bench]'")
-    else:
-        from tests.bench.quality.plot import draw
-
-        draw(board, out / "quality.svg")
+    name = board.bench.name
+    content = smaller_section(board) if board.is_weighed else section(board)
+    (out / f"{name}.md").write_text(content + "\n", encoding="utf-8")
+    picture = None if board.is_weighed else drawn(board, out / f"{name}.svg")
     if readme is None or str(readme) == "-":
         sys.stdout.write(content + "\n")
-    else:
-        picture = f"![Perplexity over sparsity, of N:M patterns, and over seconds of pruning]({PLOT})"
-        rewrite(readme, f"{content}\n\n{picture}")
-        shutil.copyfile(out / "quality.svg", readme.parent / PLOT)
+        return
+    if picture is not None:
+        shutil.copyfile(picture, BENCH.with_suffix(".svg"))
+        shown = BENCH.with_suffix(".svg").relative_to(readme.absolute().parent)
+        content += f"\n\n![Perplexity over sparsity, of N:M patterns, and over seconds of pruning]({shown})"
+    rewrite(readme, marks_of(board.bench), content)
+
+
+def drawn(board: Board, path: Path) -> Path | None:
+    """Draw the picture; return its path, or None where there is nothing to draw it with."""
+    if find_spec("matplotlib") is None:
+        say("no picture, for want of matplotlib: pip install 'secateur[bench]'")
+        return None
+    from tests.bench.quality.plot import draw
+
+    draw(board, path)
+    return path
 
 
 def name_of(run: Run | None) -> str:

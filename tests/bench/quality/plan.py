@@ -14,6 +14,7 @@ from pipeline.errors import ConfigError
 from pipeline.sources import TextFile
 
 BENCH = Path(__file__).with_name("quality.yaml")
+SMALLER = Path(__file__).with_name("smaller.yaml")
 
 Amount = float | str
 """A sparsity as it is written: 0.5, or "2:4"."""
@@ -98,6 +99,9 @@ class References(Section):
 
 class Bench(Section):
     """The whole bench."""
+
+    name: str = Field(pattern="^[a-z]+$")
+    """Of its tables in the README, and of its picture."""
 
     calibrate: TextFile
     sizes: tuple[Size, ...] = Field(min_length=1)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.quality.plan import Run
+from tests.bench.quality.weighing import Weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,12 @@ class Figures:
 
     wall: float
     """Seconds the bench spent on the run, evaluation included."""
+
+    elapsed: float | None = None
+    """Seconds of the run's process from its imports on: all of `seconds`, and choosing which blocks go before."""
+
+    weight: Weight | None = None
+    """Of a model that is really smaller."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,4 +128,5 @@ def _whole_lines(path: Path) -> Iterable[str]:
 
 def _result_of(data: dict[str, Any]) -> Result:
     run = None if data["run"] is None else Run(**data["run"])
-    return Result(**{**data, "run": run, "figures": Figures(**data["figures"])})
+    weight = None if data["figures"].get("weight") is None else Weight(**data["figures"]["weight"])
+    return Result(**{**data, "run": run, "figures": Figures(**{**data["figures"], "weight": weight})})

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import pipeline
 from pipeline.calibration import digest, load_tokenizer, text_windows
 from pipeline.checkpoint import Checkpoint
-from pipeline.config import EvaluateConfig
+from pipeline.config import EvaluateConfig, PruneConfig, validated
 from pipeline.devices import choose_device, choose_dtype
 from pipeline.errors import CalibrationError
 from pipeline.evaluate import evaluate, load_windows
@@ -28,9 +28,13 @@ from pipeline.sparsity import parse_sparsity
 from tests.bench.measure import measure
 from tests.bench.quality.plan import Bench, Run, shape_of
 from tests.bench.quality.results import Figures, Result, code_digest
+from tests.bench.quality.weighing import Weight, weigh
 
 ROUNDING = 0.005
 """Share of the weights by which a run may miss its sparsity."""
+
+SHAPE_ROUNDING = 0.02
+"""The same where blocks and neurons go whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,8 +94,10 @@ class Workshop:
         self.scratch.mkdir(parents=True)
         try:
             measured = measure(self._config(run))
-            require_achieved(run, measured.report["achieved_sparsity"])
-            perplexity = perplexities(self.scratch / "run" / "model", self.bench)
+            made = self.scratch / "run" / "model"
+            weight = self._weight(run, made)
+            require_achieved(run, measured.report["achieved_sparsity"], weight)
+            perplexity = perplexities(made, self.bench)
         finally:
             shutil.rmtree(self.scratch, ignore_errors=True)
         return Figures(
@@ -100,7 +106,19 @@ class Workshop:
             passes=measured.report["forward_equivalents"],
             peak=measured.beyond_imports,
             wall=time.perf_counter() - began,
+            elapsed=measured.elapsed,
+            weight=weight,
         )
+
+    def _weight(self, run: Run, made: Path) -> Weight | None:
+        """Weigh what a run has made, where its recipe removes parameters for good."""
+        prune = validated(PruneConfig, self.bench.prune_of(run), run.recipe)
+        if prune.steps.shape is None:
+            return None
+        compute, device = self.bench.compute, choose_device(self.bench.compute.device)
+        with closing(Checkpoint.open(self.model)) as checkpoint:
+            dtype = choose_dtype(compute.dtype, device, checkpoint.matrix_dtype())
+        return weigh(self.model, made, dtype, device)
 
     def _dense(self) -> Figures:
         began = time.perf_counter()
@@ -148,10 +166,12 @@ def open_workshop(bench: Bench, model: Path, data: Path, scratch: Path) -> Works
     )
 
 
-def require_achieved(run: Run, achieved: float) -> None:
-    """Hold what was pruned against what was asked for, but for counts rounded down row by row."""
+def require_achieved(run: Run, achieved: float, weight: Weight | None = None) -> None:
+    """Hold what was pruned against what was asked for, but for counts rounded: row by row, or to widths and blocks."""
     asked = parse_sparsity(run.sparsity).ratio
-    if abs(achieved - asked) > ROUNDING:
+    rounding = ROUNDING if weight is None else SHAPE_ROUNDING
+    achieved = achieved if weight is None else weight.part_removed
+    if abs(achieved - asked) > rounding:
         raise RuntimeError(f"{achieved:.4f} of the weights were pruned instead of {asked:.4f}: no figures of {run}")
 
 

@@ -10,9 +10,6 @@ from typing import Any
 from tests.bench.quality.plan import Amount, Bench, Run, spelled
 from tests.bench.quality.results import Figures, Result
 
-BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
-PLOT = "tests/bench/quality/quality.svg"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
@@ -53,6 +50,11 @@ class Board:
                 by_recipe.setdefault(run.recipe, {})[run.seed] = result.figures
         rows = [Row(recipe=name, sparsity=sparsity, by_seed=found) for name, found in by_recipe.items()]
         return sorted(rows, key=lambda row: next(iter(row.by_seed.values())).perplexity[self.bench.in_domain])
+
+    @property
+    def is_weighed(self) -> bool:
+        """Whether models were made that are really smaller."""
+        return any(result.figures.weight is not None for result in self.results)
 
     @property
     def sparsities(self) -> list[Amount]:
@@ -189,11 +191,16 @@ def footer(board: Board) -> str:
     )
 
 
-def rewrite(readme: Path, content: str) -> None:
+def marks_of(bench: Bench) -> tuple[str, str]:
+    """Return what begins and what ends a bench's tables in the README."""
+    return f"<!-- {bench.name}:begin -->", f"<!-- {bench.name}:end -->"
+
+
+def rewrite(readme: Path, marks: tuple[str, str], content: str) -> None:
     """Put new content between the two marks of a README; raises ValueError where it has not both, in order."""
     text = readme.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = text.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
     if not (begin and end):
-        raise ValueError(f"{readme} has not the marks {BEGIN} and {END}, in this order; put them where the tables go")
-    readme.write_text(f"{before}{BEGIN}\n\n{content}\n\n{END}{after}", encoding="utf-8")
+        raise ValueError(f"{readme} has not the marks {' and '.join(marks)}, in this order; put them where they go")
+    readme.write_text(f"{before}{begin}\n\n{content}\n\n{end}{after}", encoding="utf-8")
