@@ -8,7 +8,7 @@ directory, which lies on the machine where it runs.
 import os
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +20,7 @@ from cluster.credentials import refuse_secrets
 from cluster.jobs import GRACE, OUTPUT, PYTHON, VERSION, JobFacts, JobServer, Submission, new_name
 from cluster.package import own_distribution, stage
 from pipeline.errors import ClusterUnreachable, SubmissionError
+from pipeline.progress import Say
 
 NEVER_INSTALLED = ("ray",)
 """What a job takes from the cluster as it is: Ray of another version would not be part of it."""
@@ -28,8 +29,6 @@ POLL_SECONDS = 1.0
 
 LATE_SECONDS = 60.0
 """How long beyond its grace a job that was asked to stop may take to be seen as over."""
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

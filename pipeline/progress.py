@@ -7,6 +7,10 @@ StopAsked = Callable[[], bool]
 """Asked between blocks: true once somebody wants the run to stop."""
 
 
+Say = Callable[[str], None]
+"""Tells whoever waits a line."""
+
+
 class Progress(Protocol):
     """Receives the events of a run, in order."""
 

@@ -160,6 +160,10 @@ class HubServer:
         commits = self.repositories[name].commits if name in self.repositories else []
         return [commit.title for commit in commits if commit.title.startswith("secateur: ")]
 
+    def files_at_head(self, name: str) -> dict[str, bytes]:
+        """Return the files of a repository as its last commit has them."""
+        return dict(self.repositories[name].commits[-1].files)
+
     def fetched(self) -> set[str]:
         """Return the names of all files that anybody asked for."""
         paths = [request.path for request in self.requests]

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,7 @@ from cluster.watch.filters import refusal, refused_name
 from cluster.watch.lifecycle import Found
 from cluster.watch.state import State
 from pipeline.errors import SecateurError
-from pipeline.progress import StopAsked
-
-Say = Callable[[str], None]
+from pipeline.progress import Say, StopAsked
 
 
 def discover(config: WatchConfig, state: State, api: HfApi, say: Say, stop_asked: StopAsked) -> None:

@@ -30,17 +30,6 @@ class Pruner(Protocol):
         """Return when the run is finished; raises RunStopped once `stop_asked()` is true, or any SecateurError."""
 
 
-class InThisProcess:
-    """Prunes where the watcher is."""
-
-    def __init__(self, run: RunHere) -> None:
-        self._run = run
-
-    def __call__(self, config: RunConfig, log: Path, stop_asked: StopAsked) -> None:
-        """Run to the end."""
-        self._run(config, Silent(), stop_asked)
-
-
 class InOwnProcess:
     """Prunes in a process of its own, which stops at its next commit when the watcher asks, and dies with it."""
 

@@ -45,7 +45,7 @@ from pipeline.errors import (
 )
 from pipeline.human import human_bytes
 from pipeline.planning.plan import make_plan
-from pipeline.progress import StopAsked
+from pipeline.progress import Say, StopAsked
 from pipeline.run import counted
 
 WOULD_COME_AGAIN = (
@@ -57,13 +57,11 @@ MAY_LAST = (NoRoom, ClusterUnreachable)
 """Errors that are waited out for as long as they last: a release is never quarantined for them. A job may be going on
 in a cluster out of reach, and quarantine would take its files away."""
 
-BUSY_SECONDS = 30.0
+HELD_SECONDS = 30.0
 """Before a release whose run directory another process still holds is looked at again."""
 
 LOG = "log.txt"
 """What the pruning of a release said, in its directory."""
-
-Say = Callable[[str], None]
 
 
 class Worker:
@@ -122,7 +120,7 @@ class Worker:
         if isinstance(error, RunStopped):
             self._state.change(claim, lifecycle.stopped)
         elif isinstance(error, RunLocked):  # by a run that outlived its watcher, and is about to stop
-            self._state.change(claim, partial(lifecycle.stopped, wait=BUSY_SECONDS))
+            self._state.change(claim, partial(lifecycle.stopped, wait=HELD_SECONDS))
         elif isinstance(error, ReleaseChanged):
             self._state.change(claim, lambda release, now: lifecycle.skipped(release, reason, now))
         elif isinstance(error, WOULD_COME_AGAIN):

@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from cluster.watch.config import WatchConfig
-from cluster.watch.discovery import Say, discover
+from cluster.watch.discovery import discover
 from cluster.watch.notices import deliver
 from cluster.watch.pruning import Pruner
 from cluster.watch.publish import open_publisher
@@ -18,7 +18,7 @@ from cluster.watch.state import Clock, State
 from cluster.watch.steps import Worker
 from pipeline.config import PruneConfig
 from pipeline.errors import ConfigError, RunStopped, StorageError
-from pipeline.progress import StopAsked
+from pipeline.progress import Say, StopAsked
 
 LOOK_SECONDS = 1.0
 """Between two looks for releases that have become due."""

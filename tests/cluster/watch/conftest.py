@@ -12,6 +12,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import disable_progress_bars
 
 from cluster.watch.hub import new_api
+from tests.cluster.watch.releases import Clock
 from tests.hub_server import HubServer
 from tests.tiny import save_tiny, some_text
 
@@ -25,6 +26,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny("llama", base / "tiny")
     (base / "text.txt").write_text(some_text(2_000), encoding="utf-8")
     return base / "tiny"
+
+
+@pytest.fixture
+def text(tiny: Path) -> Path:
+    return tiny.parent / "text.txt"
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """A clock that stands still until a test sets it, at the time that the hub's commits are of."""
+    return Clock(time.time())
 
 
 @pytest.fixture

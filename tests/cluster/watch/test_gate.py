@@ -6,17 +6,16 @@ import os
 import shutil
 import signal
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from cluster.watch.gate import in_own_process, pass_gate
 from cluster.watch.gate_config import GateConfig
 from pipeline.config import RunConfig, parse_config
 from pipeline.errors import GateFailed, VerificationError
+from tests.cluster.watch.watching import dies_with_its_watcher
 from tests.integration.support import carry_out, job
 
 
@@ -106,15 +105,7 @@ def test_a_watcher_that_is_killed_takes_what_it_measures_with_it(tmp_path: Path)
     started = tmp_path / "pid"
     context = multiprocessing.get_context("spawn")
     watcher = context.Process(target=in_own_process, args=(measure_for_ever, started))
-    watcher.start()
-    while not (started.exists() and started.read_text()):
-        assert watcher.is_alive()
-        time.sleep(0.05)
-    watcher.kill()
-    watcher.join()
-    with suppress(psutil.NoSuchProcess):  # it is gone already
-        measuring = psutil.Process(int(started.read_text()))
-        assert psutil.wait_procs([measuring], timeout=60)[1] == []
+    assert dies_with_its_watcher(watcher, started)
 
 
 def test_a_byte_that_was_changed_is_found_unless_nobody_looks(run: RunConfig) -> None:

@@ -54,11 +54,6 @@ def listener() -> Iterator[Listener]:
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
 def state(tmp_path: Path, clock: Clock) -> State:
     """A state in which one release was published and one skipped by its plan."""
     state = State(tmp_path / "state.db", clock)

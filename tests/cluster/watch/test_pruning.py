@@ -6,11 +6,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from cluster.watch.pruning import InOwnProcess
@@ -19,6 +17,7 @@ from pipeline.errors import CheckpointError, RunStopped, StageFailed
 from pipeline.ledger import Ledger
 from pipeline.progress import Progress, StopAsked
 from pipeline.run import run
+from tests.cluster.watch.watching import dies_with_its_watcher
 from tests.integration.support import INDEX, job
 
 
@@ -91,13 +90,4 @@ def test_a_stop_reaches_the_process(config: RunConfig, tmp_path: Path) -> None:
 
 def test_a_watcher_that_is_killed_takes_the_process_with_it(config: RunConfig, tmp_path: Path) -> None:
     watcher = multiprocessing.get_context("spawn").Process(target=be_a_watcher, args=(config, tmp_path / "log.txt"))
-    watcher.start()
-    started = tmp_path / "pid"
-    while not (started.exists() and started.read_text()):
-        assert watcher.is_alive()
-        time.sleep(0.05)
-    watcher.kill()
-    watcher.join()
-    with suppress(psutil.NoSuchProcess):  # it is gone already
-        pruner = psutil.Process(int(started.read_text()))
-        assert psutil.wait_procs([pruner], timeout=60)[1] == []
+    assert dies_with_its_watcher(watcher, tmp_path / "pid")

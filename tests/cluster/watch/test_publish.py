@@ -89,10 +89,10 @@ def test_a_release_is_committed_once_however_often_it_is_published(
 
 def test_shards_of_the_release_before_are_taken_away(publisher: HubPublisher, hub: HubServer, tiny: Path) -> None:
     publisher.publish(found(), tiny, CARD)
-    head = hub.repositories["me/tiny-50pct"].commits[-1].files
+    head = hub.files_at_head("me/tiny-50pct")
     hub.commit(hub.repositories["me/tiny-50pct"], "by hand", {**head, "model-00009-of-00009.safetensors": b"old"})
     publisher.publish(found(revision="2" * 40), tiny, "another card")
-    assert "model-00009-of-00009.safetensors" not in hub.repositories["me/tiny-50pct"].commits[-1].files
+    assert "model-00009-of-00009.safetensors" not in hub.files_at_head("me/tiny-50pct")
 
 
 def test_a_commit_whose_answer_was_lost_is_found_and_not_made_again(
@@ -151,7 +151,7 @@ def test_with_every_third_request_failing_a_commit_is_whole_and_there_is_one(
             except HubError:
                 continue
         assert [title[-1] for title in hub.titles("me/tiny-50pct")].count(str(seed + 1)) == 1
-        files = hub.repositories["me/tiny-50pct"].commits[-1].files
+        files = hub.files_at_head("me/tiny-50pct")
         assert names({name: "" for name in files}) >= {path.name for path in tiny.iterdir()}
 
 

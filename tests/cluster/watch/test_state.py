@@ -21,11 +21,6 @@ PATIENCE = 60.0
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
 def state(tmp_path: Path, clock: Clock) -> State:
     return State(tmp_path / "state.db", clock)
 

@@ -1,7 +1,6 @@
 """What becomes of a release whose work is cut off, held elsewhere, begun with other settings, or tells secrets."""
 
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -9,29 +8,14 @@ import pytest
 
 from cluster.watch.discovery import discover
 from cluster.watch.hub import new_api
-from cluster.watch.pruning import InThisProcess
 from pipeline.config import RunConfig
 from pipeline.errors import ClusterUnreachable, NumericsError, RunLocked, RunStopped, StateError, StorageError
 from pipeline.progress import StopAsked
 from pipeline.run import run
 from tests.cluster.watch.conftest import TOKEN
 from tests.cluster.watch.releases import Clock
-from tests.cluster.watch.watching import Watch, settings
+from tests.cluster.watch.watching import InThisProcess, Watch, settings
 from tests.hub_server import HubServer
-
-
-@pytest.fixture
-def text(tiny: Path) -> Path:
-    return tiny.parent / "text.txt"
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock(time.time())
-
-
-def files_at_head(hub: HubServer, name: str) -> dict[str, bytes]:
-    return dict(hub.repositories[name].commits[-1].files)
 
 
 def test_a_stop_puts_the_release_back_where_it_was(
@@ -197,7 +181,7 @@ def test_the_token_is_in_no_log_state_card_or_configuration(
     assert any("a library that says the token: (token)" in line for line in watch.said)
     assert TOKEN not in "".join([*watch.said, *again.said, caplog.text])
     assert TOKEN.encode() not in (tmp_path / "state.db").read_bytes()
-    assert all(TOKEN.encode() not in content for content in files_at_head(hub, "me/tiny-50pct").values())
+    assert all(TOKEN.encode() not in content for content in hub.files_at_head("me/tiny-50pct").values())
 
 
 def test_a_clock_that_is_set_back_while_it_watches_does_not_hold_the_next_look(

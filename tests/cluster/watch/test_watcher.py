@@ -3,34 +3,16 @@
 import json
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from cluster.watch.pruning import InThisProcess
 from pipeline.config import RunConfig
 from pipeline.progress import StopAsked
 from pipeline.run import run
 from tests.cluster.watch.releases import Clock
-from tests.cluster.watch.watching import Watch, changed, copied, cut_short, poisoned, settings
+from tests.cluster.watch.watching import InThisProcess, Watch, changed, copied, cut_short, poisoned, settings
 from tests.hub_server import HubServer, Trouble
 from tests.integration.support import carry_out, digests, job, load
-
-
-@pytest.fixture
-def text(tiny: Path) -> Path:
-    return tiny.parent / "text.txt"
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock(time.time())
-
-
-def files_at_head(hub: HubServer, name: str) -> dict[str, bytes]:
-    return dict(hub.repositories[name].commits[-1].files)
 
 
 def test_a_new_revision_is_pruned_checked_and_published_and_a_second_look_does_nothing(
@@ -56,7 +38,7 @@ def test_what_is_published_is_what_a_run_by_hand_makes_and_loads(
     Watch(settings(tmp_path, text), clock).once()
     downloaded = tmp_path / "downloaded"
     downloaded.mkdir()
-    for name, content in files_at_head(hub, "me/tiny-50pct").items():
+    for name, content in hub.files_at_head("me/tiny-50pct").items():
         (downloaded / name).write_bytes(content)
     load(downloaded)
     plain = job(tiny, tmp_path / "run", recipe=["magnitude"])
@@ -166,8 +148,8 @@ def test_with_every_third_request_failing_every_release_is_published_once(
     for name in names:
         there = f"me/{name.removeprefix('acme/')}-50pct"
         assert len(hub.titles(there)) == 1
-        index = json.loads(files_at_head(hub, there)["model.safetensors.index.json"])
-        assert set(index["weight_map"].values()) <= files_at_head(hub, there).keys()
+        index = json.loads(hub.files_at_head(there)["model.safetensors.index.json"])
+        assert set(index["weight_map"].values()) <= hub.files_at_head(there).keys()
 
 
 def test_a_lost_state_publishes_nothing_twice(

@@ -1,10 +1,14 @@
 """Watchers of tiny models, set up in a directory of their own."""
 
 import shutil
+import time
 from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
@@ -12,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from cluster.watch.config import WatchConfig
 from cluster.watch.hub import new_api
 from cluster.watch.lifecycle import Release
-from cluster.watch.pruning import InThisProcess, Pruner
+from cluster.watch.pruning import Pruner, RunHere
 from cluster.watch.state import Clock
 from cluster.watch.watcher import Watcher
-from pipeline.config import absolute, validated
+from pipeline.config import RunConfig, absolute, validated
+from pipeline.progress import Silent, StopAsked
 from pipeline.run import run
 
 
@@ -36,6 +41,17 @@ def settings(base: Path, text: Path, **sections: Any) -> dict[str, Any]:
         "publish": {"repository": "me/{name}-{sparsity}"},
         "retry": {"attempts": 3, "first_wait": 60.0},
     } | sections
+
+
+class InThisProcess:
+    """Prunes where the watcher is, so that a test may look on."""
+
+    def __init__(self, run: RunHere) -> None:
+        self._run = run
+
+    def __call__(self, config: RunConfig, log: Path, stop_asked: StopAsked) -> None:
+        """Run to the end."""
+        self._run(config, Silent(), stop_asked)
 
 
 class Watch:
@@ -67,6 +83,19 @@ class Watch:
     def statuses(self) -> dict[str, str]:
         """Return each release's status by the model's name."""
         return {release.found.name: release.status for release in self.releases}
+
+
+def dies_with_its_watcher(watcher: BaseProcess, started: Path) -> bool:
+    """Kill a watcher once what it has begun has left its process number in a file; whether that ends too."""
+    watcher.start()
+    while not (started.exists() and started.read_text()):
+        assert watcher.is_alive()
+        time.sleep(0.05)
+    watcher.kill()
+    watcher.join()
+    with suppress(psutil.NoSuchProcess):  # it is gone already
+        return psutil.wait_procs([psutil.Process(int(started.read_text()))], timeout=60)[1] == []
+    return True
 
 
 def copied(model: Path, target: Path) -> Path:
