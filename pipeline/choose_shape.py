@@ -4,7 +4,7 @@ The model is looked at as it is calibrated: surveyed for how much each block tur
 the calibration tokens without each of its blocks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,22 +13,22 @@ from pydantic import JsonValue
 from pipeline.config import RunConfig
 from pipeline.devices import empty_cache
 from pipeline.errors import RunStopped
-from pipeline.evaluate import evaluate
 from pipeline.importance import ImportanceMeter
 from pipeline.memory import Memory, opened_memory
 from pipeline.meter import resident_bytes
-from pipeline.methods.structured.depth import Dropped, ends, greedy, one_shot, rescored
+from pipeline.methods.structured.depth import Dropped, ends, greedy_by_rounds, one_shot, rescored
 from pipeline.methods.structured.shape_step import ShapeStep
 from pipeline.narrower import narrowed
 from pipeline.paging.spool import remove_leftovers, spool_directory
 from pipeline.planning.choosing import choosing_of
 from pipeline.planning.plan import fit_for
-from pipeline.progress import Progress, Silent, StopAsked
+from pipeline.progress import Progress, StopAsked
 from pipeline.shape import Shape
 from pipeline.shape_record import Figures, ShapeRecord
 from pipeline.skeleton import Skeleton
 from pipeline.survey import survey
 from pipeline.width import num_neurons, width_left
+from pipeline.without_each import evaluate_without_each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +134,7 @@ class _Search:
             return []
         if self._step.depth == "greedy":
             self._progress.begin("choose", choosing_of(self._step, num_blocks, self._num_dropped).models, 0)
-            found = greedy(self._loss, range(num_blocks), self._num_dropped, protected)
+            found = greedy_by_rounds(self._losses, range(num_blocks), self._num_dropped, protected)
             self._progress.end()
             return found
         if self._step.depth == "rescored":
@@ -165,25 +165,46 @@ class _Search:
         self._with_memory(gone, look)
         return meter.found
 
-    def _loss(self, gone: Dropped) -> float:
-        """Return the perplexity on the calibration tokens of the model without some blocks."""
-        perplexity = self._record.measure(gone, lambda: self._evaluated(gone))[0]
-        self._num_told += 1
-        self._progress.advance(self._num_told - 1, f"without {', '.join(map(str, sorted(gone)))}: {perplexity:.3f}")
-        return perplexity
+    def _losses(self, gone: Dropped, candidates: Sequence[int]) -> list[float]:
+        """Return the perplexity on the calibration tokens without the blocks that are gone and each of the others."""
+        losses: dict[int, float] = {}
 
-    def _evaluated(self, gone: Dropped) -> Figures:
-        found: Figures = []
+        def found(block: int, perplexity: float) -> None:
+            losses[block] = perplexity
+            self._num_told += 1
+            names = ", ".join(map(str, sorted(gone | {block})))
+            self._progress.advance(self._num_told - 1, f"without {names}: {perplexity:.3f}")
 
-        def look(skeleton: Skeleton, memory: Memory) -> None:
-            batch, told = self._config.compute.batch, Silent()
-            with memory.phase("choose"):
-                found.append(
-                    evaluate(skeleton, self._tokens_NT, batch, told, "choose", self._stop_if_asked, memory)
-                )  # fmt: skip
+        for block in candidates:
+            if (known := self._record.known(gone | {block})) is not None:
+                found(block, known[0])
+        if unknown := [block for block in candidates if block not in losses]:
+            self._with_memory(gone, lambda skeleton, memory: self._try_each(gone, unknown, found, skeleton, memory))
+        return [losses[block] for block in candidates]
 
-        self._with_memory(gone, look)
-        return found
+    def _try_each(
+        self,
+        gone: Dropped,
+        candidates: Sequence[int],
+        found: Callable[[int, float], None],
+        skeleton: Skeleton,
+        memory: Memory,
+    ) -> None:
+        """Measure the model without each of the candidates; `skeleton`: without the blocks that are gone."""
+        live = [block for block in range(self._dense.num_blocks) if block not in gone]
+
+        def without(number: int) -> Skeleton:
+            return narrowed(self._dense, Shape(kept=(*live[:number], *live[number + 1 :])))
+
+        def measured(number: int, perplexity: float) -> None:
+            self._record.measure(gone | {live[number]}, lambda: [perplexity])
+            found(live[number], perplexity)
+
+        with memory.phase("choose"):
+            evaluate_without_each(
+                skeleton, [live.index(block) for block in candidates], without, self._tokens_NT, measured,
+                batch=self._config.compute.batch, between_blocks=self._stop_if_asked, memory=memory,
+            )  # fmt: skip
 
     def _with_memory(self, gone: Dropped, look: Callable[[Skeleton, Memory], None]) -> None:
         """Have a look at the model without some blocks, in memory that is opened for it under the run's ceilings."""

@@ -19,7 +19,7 @@ from pipeline.config import EvaluateConfig
 from pipeline.errors import CalibrationError, NumericsError
 from pipeline.inputs import embed_tokens, run_dense_block
 from pipeline.memory import Memory
-from pipeline.progress import Progress
+from pipeline.progress import Progress, Silent
 from pipeline.skeleton import Skeleton
 from pipeline.sources import TokensFile, describe, documents, token_ids
 from pipeline.stream import Stream
@@ -76,20 +76,55 @@ def evaluate(
     """
     require_in_vocabulary(windows_WL, skeleton.vocab_size, "the evaluation text")
     require_positions(windows_WL.shape[1], skeleton.num_positions, "evaluate.sequence_length")
-    stream = Stream(skeleton, skeleton.checkpoint)
     progress.begin(task, skeleton.num_blocks, 0)
     with closing(embed_tokens(skeleton, windows_WL, batch, memory.store, "evaluated")) as boundary:
-        with memory.weights_of(skeleton) as weights:
-            for index in range(skeleton.num_blocks):
-                progress.phase(index, "evaluate")
-                following = index + 1 if memory.ahead and index + 1 < skeleton.num_blocks else None
-                run_dense_block(stream, weights, boundary, index, following, batch)
-                progress.advance(index, "")
-                between_blocks()
-        progress.phase(skeleton.num_blocks - 1, "head")
-        perplexity = _perplexity(stream, boundary, windows_WL)
+        perplexity = _from_block(skeleton, 0, boundary, boundary, windows_WL, batch, progress, between_blocks, memory)
     progress.end()
     return perplexity
+
+
+def evaluate_from(
+    skeleton: Skeleton,
+    first: int,
+    entering: Boundary,
+    windows_WL: torch.Tensor,
+    batch: int,
+    between_blocks: Callable[[], None],
+    memory: Memory,
+) -> float:
+    """Return the perplexity as `evaluate` does, from the hidden states that enter block `first`; they stay as they are.
+
+    They are those of windows_WL, made by the blocks before it, however that was.
+    """
+    with closing(memory.store.boundary("evaluated", entering.shape, entering.dtype)) as boundary:
+        return _from_block(
+            skeleton, first, entering, boundary, windows_WL, batch, Silent(), between_blocks, memory
+        )  # fmt: skip
+
+
+def _from_block(
+    skeleton: Skeleton,
+    first: int,
+    entering: Boundary,
+    boundary: Boundary,
+    windows_WL: torch.Tensor,
+    batch: int,
+    progress: Progress,
+    between_blocks: Callable[[], None],
+    memory: Memory,
+) -> float:
+    """Run the blocks from `first` on, whose outputs go into `boundary`, and the head."""
+    stream = Stream(skeleton, skeleton.checkpoint)
+    with memory.weights_of(skeleton) as weights:
+        for index in range(first, skeleton.num_blocks):
+            progress.phase(index, "evaluate")
+            following = index + 1 if memory.ahead and index + 1 < skeleton.num_blocks else None
+            source = entering if index == first else boundary
+            run_dense_block(stream, weights, source, index, following, batch, into=boundary)
+            progress.advance(index, "")
+            between_blocks()
+    progress.phase(skeleton.num_blocks - 1, "head")
+    return _perplexity(stream, boundary, windows_WL)
 
 
 def _perplexity(stream: Stream, boundary: Boundary, windows_WL: torch.Tensor) -> float:

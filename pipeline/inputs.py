@@ -44,14 +44,24 @@ def run_dense_blocks(skeleton: Skeleton, boundary: Boundary, blocks: range, batc
 
 @torch.no_grad()
 def run_dense_block(
-    stream: Stream, weights: BlockWeights, boundary: Boundary, index: int, following: int | None, batch: int
+    stream: Stream,
+    weights: BlockWeights,
+    boundary: Boundary,
+    index: int,
+    following: int | None,
+    batch: int,
+    into: Boundary | None = None,
 ) -> None:
-    """Advance a boundary over one block as its checkpoint has it, while the following one is read, if any."""
+    """Advance a boundary over one block as its checkpoint has it, while the following one is read, if any.
+
+    into: where the outputs go, and the boundary stays as it is; by default they take its place.
+    """
     weights.load(index)
     if following is not None:
         weights.expect(following)
+    leaving = boundary if into is None else into
     for sequences, hidden_BTD in boundary.stream(batch, stream.device):
-        boundary.write(sequences, stream.run_block(index, hidden_BTD), f"dense block {index}")
+        leaving.write(sequences, stream.run_block(index, hidden_BTD), f"dense block {index}")
     weights.drop(index)
 
 

@@ -46,9 +46,13 @@ class ShapeRecord:
         if self.path.is_file():
             self._take(self.path.read_bytes())
 
+    def known(self, gone: frozenset[int]) -> Figures | None:
+        """Return the figures of the model without some blocks, where they have been measured."""
+        return self.measured.get(_name(gone))
+
     def measure(self, gone: frozenset[int], figures_of: Callable[[], Figures]) -> Figures:
         """Return the figures of the model without some blocks: measured now, and kept, where they are not known."""
-        name = " ".join(map(str, sorted(gone)))
+        name = _name(gone)
         if name not in self.measured:
             self.measured[name] = figures_of()
             self._write()
@@ -88,3 +92,7 @@ class ShapeRecord:
                 f"{self.path} was found with other settings, or for another model: {differences}; go back to them, or "
                 "name another output directory"
             )
+
+
+def _name(gone: frozenset[int]) -> str:
+    return " ".join(map(str, sorted(gone)))

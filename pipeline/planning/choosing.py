@@ -16,10 +16,13 @@ class Choosing:
     """Runs of models to choose a shape by."""
 
     models: int
-    """How many are run."""
+    """How many are looked at."""
+
+    embedded: int
+    """How often the sequences are embedded: models whose first blocks are the same have those run once."""
 
     blocks: int
-    """Blocks of all of them."""
+    """Blocks that are run, of all of them."""
 
     evaluates: bool
     """Whether each is run to the end, for its loss, or surveyed."""
@@ -28,14 +31,13 @@ class Choosing:
 def choosing_of(step: ShapeStep, num_blocks: int, num_dropped: int) -> Choosing:
     """Return what a step runs of a dense model of so many blocks."""
     if step.depth == "one_shot":
-        return Choosing(models=1, blocks=num_blocks, evaluates=False)
+        return Choosing(models=1, embedded=1, blocks=num_blocks, evaluates=False)
     left = [num_blocks - gone for gone in range(num_dropped)]
     if step.depth == "rescored":
-        return Choosing(models=num_dropped, blocks=sum(left), evaluates=False)
-    models = [blocks - 2 for blocks in left]  # all but the first and the last are candidates
-    return Choosing(
-        models=sum(models), blocks=sum(m * (b - 1) for m, b in zip(models, left, strict=True)), evaluates=True
-    )
+        return Choosing(models=num_dropped, embedded=num_dropped, blocks=sum(left), evaluates=False)
+    # All but the first and the last are candidates: for each all blocks after it are run, and once those before them.
+    run = [(blocks - 2) * (blocks - 1) // 2 + blocks - 2 for blocks in left]
+    return Choosing(models=sum(blocks - 2 for blocks in left), embedded=num_dropped, blocks=sum(run), evaluates=True)
 
 
 def planned_shape(config: RunConfig, dense: Skeleton) -> tuple[Skeleton, Choosing | None]:

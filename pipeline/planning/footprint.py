@@ -82,7 +82,8 @@ def footprint(scale: Scale, choice: Choice, baseline: int) -> tuple[Phase, ...]:
     if scale.surveys or (scale.choosing is not None and not scale.choosing.evaluates):
         phases["survey"] = (*_survey(scale), *_ahead(scale, choice), *_reading(scale), *_hidden(scale, choice, 1))
     if scale.choosing is not None and scale.choosing.evaluates:
-        phases["choose"] = _evaluate(scale, choice, scale.work.num_sequences, scale.work.num_tokens)
+        entering_too = 2  # boundaries: what enters the block that a model is without is kept for the next trial
+        phases["choose"] = _evaluate(scale, choice, scale.work.num_sequences, scale.work.num_tokens, entering_too)
     if scale.windows is not None:
         phases["evaluate"] = _evaluate(scale, choice, *scale.windows)
     if scale.generation is not None:
@@ -232,12 +233,12 @@ def _fused(scale: Scale) -> Iterator[Held]:
     yield on_device("activations of a batch", _forward_bytes(scale, _batch_tokens(scale)))
 
 
-def _evaluate(scale: Scale, choice: Choice, num_windows: int, length: int) -> tuple[Held, ...]:
+def _evaluate(scale: Scale, choice: Choice, num_windows: int, length: int, num_boundaries: int = 1) -> tuple[Held, ...]:
     """A block with a batch, or the head with its logits, in dtype, in float32, and as logarithms of probabilities."""
     size = scale.dtype.itemsize
     sequence_bytes, batch = length * scale.work.hidden * size, min(scale.work.batch, num_windows)
     logits = min(LOGIT_TOKENS, length) * scale.vocab_size * (size + 8)
-    boundary = tuple(_boundaries(choice, 1, num_windows, sequence_bytes, scale.work.batch))
+    boundary = tuple(_boundaries(choice, num_boundaries, num_windows, sequence_bytes, scale.work.batch))
     block = scale.block_bytes + _forward_bytes(scale, batch * length)
     head = scale.outside_numel * size + logits
     weights = (*_ahead(scale, choice), *_reading(scale))

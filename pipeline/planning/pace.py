@@ -129,7 +129,7 @@ def costs(scale: Scale, choice: Choice, speeds: Speeds | None, outside_bytes: in
     embed = Count(weights_read=embedding, hidden_written=work.boundary_bytes)
     phases = [] if scale.generation is None else [cost("generate", _writing(work, scale.generation), 1)]
     choosing = scale.choosing
-    num_embedded = bool(recipe.at_work) + scale.surveys + (choosing.models if choosing else 0)
+    num_embedded = bool(recipe.at_work) + scale.surveys + (choosing.embedded if choosing else 0)
     phases += [cost("embed", embed, num_embedded)] if num_embedded else []
     phases += [cost("choose", _choosing(scale, choosing), 1)] if choosing else []
     phases += [cost("survey", count_survey(work))] if scale.surveys else []

@@ -20,7 +20,7 @@ FLOORS = {
     3: "pipeline: activations linears narrower order skeleton width",
     4: "pipeline: assemble begun block_writer cutting importance inputs memory outliers planning prune_block sampler "
     "remains self_calibration stage stream survey transaction weights workbench",
-    5: "pipeline: allocate choose_shape demo_model doctor evaluate job report run verify",
+    5: "pipeline: allocate choose_shape demo_model doctor evaluate job report run verify without_each",
     6: "cluster: cli_shared console credentials job_shape jobs messages package topology",
     7: "cluster: cost_model depot expectation failures follow forecast replicas schedule shelves state submit trace "
     "watch worker",

@@ -84,13 +84,20 @@ def test_a_choice_that_does_not_fit_is_refused(source: Path, tmp_path: Path) -> 
     assert not (tmp_path / "shape.json").exists()
 
 
+def test_greedy_removal_holds_two_boundaries_in_the_spool_and_no_more(source: Path, tmp_path: Path) -> None:
+    room = 2 * 6 * 4096  # sequences, each on a page of its own
+    carry_out(settings(source, tmp_path / "enough", SLEB, memory={"activations": "disk", "spool_limit": room}))
+    with pytest.raises(BudgetExceeded, match=r"choose needs 49\.2 kB \(spool\), 1 B above memory\.spool_limit"):
+        carry_out(settings(source, tmp_path / "less", SLEB, memory={"activations": "disk", "spool_limit": room - 1}))
+
+
 def test_a_search_that_was_stopped_goes_on_where_it_was(source: Path, tmp_path: Path) -> None:
     own, asked = settings(source, tmp_path, SLEB), 0
 
     def stop() -> bool:
         nonlocal asked
         asked += 1
-        return asked > 12  # two models of five blocks are measured by then
+        return asked > 9  # block 0, four blocks without block 1, block 1, three without block 2
 
     with pytest.raises(RunStopped, match=r"while the blocks that go were chosen; .*Go on with: secateur run .*"):
         carry_out(own, stop=stop)

@@ -68,9 +68,25 @@ def greedy(loss: Callable[[Dropped], float], units: Sequence[int], num_dropped: 
     loss: of the model without some units. Of equal ones the deeper goes first. Takes about `len(units) * num_dropped`
     losses.
     """
+    return greedy_by_rounds(
+        lambda gone, candidates: [loss(gone | {unit}) for unit in candidates], units, num_dropped, protected
+    )
+
+
+def greedy_by_rounds(
+    losses: Callable[[Dropped, Sequence[int]], Sequence[float]],
+    units: Sequence[int],
+    num_dropped: int,
+    protected: Dropped,
+) -> list[int]:
+    """Return what `greedy` does, where a round's losses are made together.
+
+    losses: of the model without the units that are gone and each of the candidates, which are in ascending order.
+    """
     gone: list[int] = []
     for _ in range(num_dropped):
-        candidates = [unit for unit in units if unit not in protected and unit not in gone]
+        candidates = [unit for unit in sorted(units) if unit not in protected and unit not in gone]
         assert candidates, f"all {len(gone)} units that may go are gone"
-        gone.append(min(candidates, key=lambda unit: (loss(frozenset({*gone, unit})), -unit)))
+        without = dict(zip(candidates, losses(frozenset(gone), candidates), strict=True))
+        gone.append(min(candidates, key=lambda unit: (without[unit], -unit)))
     return gone

@@ -85,4 +85,4 @@ class Sleb(ShapeStep):
     method = "sleb"
 
     depth: Depth = "greedy"
-    """`greedy`: by the loss without each of the others, a pass over the model each; else as shortgpt."""
+    """`greedy`: by the loss without each of the others, half a pass over the model each; else as shortgpt."""

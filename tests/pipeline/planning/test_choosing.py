@@ -1,5 +1,6 @@
 """What choosing blocks takes, counted against what the ways of choosing really ask for."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import parse_config
-from pipeline.methods.structured.depth import Dropped, ends, greedy, rescored
+from pipeline.methods.structured.depth import Dropped, ends, greedy_by_rounds, rescored
 from pipeline.methods.structured.shape_step import Depth, ShortGpt
 from pipeline.planning.choosing import Choosing, choosing_of, planned_shape
 from pipeline.planning.plan import make_plan
@@ -18,23 +19,27 @@ from tests.tiny import save_tiny
 @pytest.mark.parametrize("num_dropped", [1, 3])
 def test_models_and_blocks_are_those_that_are_run(num_dropped: int) -> None:
     run: list[int] = []
+    tried: list[Dropped] = []
 
     def survey(gone: Dropped) -> list[float]:
         run.append(8 - len(gone))
         return [0.0] * 8
 
-    def loss(gone: Dropped) -> float:
-        run.append(8 - len(gone))
-        return 0.0
+    def losses(gone: Dropped, candidates: Sequence[int]) -> list[float]:
+        live = [block for block in range(8) if block not in gone]
+        after = [len(live) - 1 - live.index(block) for block in candidates]
+        run.append(sum(after) + live.index(candidates[-1]))  # what is before the last of them is run once
+        tried.extend(gone | {block} for block in candidates)
+        return [0.0] * len(candidates)
 
     rescored(survey, 8, num_dropped, ends(8))
-    expected = Choosing(models=len(run), blocks=sum(run), evaluates=False)
+    expected = Choosing(models=len(run), embedded=len(run), blocks=sum(run), evaluates=False)
     assert choosing_of(ShortGpt(depth="rescored"), 8, num_dropped) == expected
     run.clear()
-    greedy(loss, range(8), num_dropped, ends(8))
-    expected = Choosing(models=len(run), blocks=sum(run), evaluates=True)
+    greedy_by_rounds(losses, range(8), num_dropped, ends(8))
+    expected = Choosing(models=len(tried), embedded=num_dropped, blocks=sum(run), evaluates=True)
     assert choosing_of(ShortGpt(depth="greedy"), 8, num_dropped) == expected
-    assert choosing_of(ShortGpt(), 8, num_dropped) == Choosing(models=1, blocks=8, evaluates=False)
+    assert choosing_of(ShortGpt(), 8, num_dropped) == Choosing(models=1, embedded=1, blocks=8, evaluates=False)
 
 
 @pytest.mark.parametrize(
