@@ -16,6 +16,9 @@ from pipeline.errors import ConfigError
 WIDTH_KEY = "intermediate_size"
 """What config.json calls the number of neurons, in every family that is known here."""
 
+BIAS_KEY = "mlp_bias"
+"""What it calls biases of the linears of an MLP, in the families that can have them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mlp:

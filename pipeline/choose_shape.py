@@ -29,6 +29,7 @@ from pipeline.skeleton import Skeleton
 from pipeline.survey import survey
 from pipeline.width import num_neurons, width_left
 from pipeline.without_each import evaluate_without_each
+from pipeline.zeros import adds_biases
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +63,7 @@ class Chosen:
             "dropped": list(self.order),
             "kept": list(self.shape.kept),
             **({} if self.num_neurons is None else {"width": self.shape.width, "neurons": self.num_neurons}),
+            **({"mlp_bias": True} if self.shape.mlp_bias else {}),
             "importance": {str(block): value for block, value in self.importance.items()},
             "parameters_before": self.numel,
             "bytes_before": self.num_bytes,
@@ -87,6 +89,7 @@ def choose_shape(
     ratio = recipe.part_removed(target)
     num_dropped = step.num_dropped(dense.num_blocks, ratio)
     width = width_left(step, dense, num_dropped, ratio)
+    mlp_bias = adds_biases(step, dense, width)
     if num_dropped:
         narrowed(dense, Shape(kept=(0, dense.num_blocks - 1)))  # what cannot be narrowed is not surveyed first
     asked: dict[str, JsonValue] = {"step": step.method, "options": step.model_dump(mode="json"), "blocks": num_dropped}
@@ -94,7 +97,7 @@ def choose_shape(
     search = _Search(config, dense, tokens_NT, step, num_dropped, record, progress, stop_asked)
     order = search.order()
     kept = tuple(block for block in range(dense.num_blocks) if block not in order)
-    shape = Shape(kept=kept, width=width)
+    shape = Shape(kept=kept, width=width, mlp_bias=mlp_bias)
     record.settle(shape, order)
     if order:
         progress.say(

@@ -3,7 +3,7 @@
 What is left is rounded to the dtype it is stored in before anything else sees it: later steps prune what is written.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -69,6 +69,9 @@ class Cutting:
         bench.let_go()
         cut = self._put(index, made)
         bench.replace(self.skeleton.blocks[index], cut)
+        if made.bias_O is not None:
+            bias = f"{reader}.bias"
+            bench.tuned[bias] = made.bias_O.to(self._stored_dtype(index, bias))
         return CutRecord(
             num_neurons=len(cut.keep_U), kept=kept_as_text(cut.keep_U), removed=cut.num_removed,
             rewritten=cut.folded_OK is not None, notes=made.notes,
@@ -77,7 +80,7 @@ class Cutting:
     def _put(self, index: int, made: CutBlock) -> Cut:
         """Put what is left of a block in its place, each tensor as its dense one is let go."""
         skeleton, keep_U = self.skeleton, made.keep_U.cpu()
-        before = sum(parameter.numel() for parameter in skeleton.blocks[index].parameters())
+        before = self._numel(index)
         cut = Cut(mlp=self.mlp, keep_U=keep_U, folded_OK=self._as_stored(index, made.folded_OK))
         dense = skeleton.reshape_block(index, self.width)
         for own in skeleton.block_names(index):
@@ -85,12 +88,18 @@ class Cutting:
             skeleton.put(index, own, cut.left(own, tensor))
             del tensor
             skeleton.release(dense, [own])
-        after = sum(parameter.numel() for parameter in skeleton.blocks[index].parameters())
-        return Cut(mlp=self.mlp, keep_U=keep_U, folded_OK=cut.folded_OK, num_removed=before - after)
+        return replace(cut, num_removed=before - self._numel(index))
 
     def _as_stored(self, index: int, folded_OK: torch.Tensor | None) -> torch.Tensor | None:
         """New values of the reader as they will be read back."""
         if folded_OK is None:
             return None
-        stored = self.skeleton.block_names(index)[f"{self.mlp.reader}.weight"]
-        return folded_OK.to("cpu", self.skeleton.checkpoint.tensors[stored].dtype).contiguous()
+        return folded_OK.to("cpu", self._stored_dtype(index, f"{self.mlp.reader}.weight")).contiguous()
+
+    def _stored_dtype(self, index: int, own: str) -> torch.dtype:
+        return self.skeleton.checkpoint.tensors[self.skeleton.block_names(index)[own]].dtype
+
+    def _numel(self, index: int) -> int:
+        """Numbers of a block as it is now, but for tensors that the source has not."""
+        names, in_files = self.skeleton.block_names(index), self.skeleton.checkpoint.shard_of
+        return sum(p.numel() for own, p in self.skeleton.blocks[index].named_parameters() if names[own] in in_files)

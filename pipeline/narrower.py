@@ -19,6 +19,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.errors import UnsupportedCheckpoint
 from pipeline.shape import Shape, edited_settings
 from pipeline.skeleton import Skeleton
+from pipeline.zeros import added_names, with_zeros
 
 _NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number")
 """Attributes by which a block knows its own number: its place in a cache."""
@@ -31,7 +32,8 @@ class FewerBlocks(Checkpoint):
         """`names`: name here -> name in the source; `config`: the dense model's, as loaded."""
         self.directory = source.directory
         self.tensors = {name: replace(source.tensors[stored], name=name) for name, stored in names.items()}
-        self.shard_of = {name: source.shard_of[stored] for name, stored in names.items()}
+        in_files = source.shard_of
+        self.shard_of = {name: in_files[stored] for name, stored in names.items() if stored in in_files}
         self._source, self._names, self._config = source, names, config
         self._settings = edited_settings(config, source.settings(), shape)
         self._loaded = edited_settings(config, source.settings(), replace(shape, width=None))
@@ -78,7 +80,8 @@ class FewerBlocks(Checkpoint):
 
     def _stored(self, name: str) -> str:
         """The source's name; CheckpointError for one that is not known here."""
-        self._find(name)
+        if name not in self._names:
+            self._find(name)
         return self._names[name]
 
 
@@ -87,14 +90,13 @@ def narrowed(dense: Skeleton, shape: Shape) -> Skeleton:
 
     Raises UnsupportedCheckpoint where they would not be the blocks that they are in the dense model.
     """
-    source = dense.checkpoint
     sizes = {dense.block_numel(block) for block in range(dense.num_blocks)}
     if len(sizes) > 1:
         raise UnsupportedCheckpoint(
             f"{dense.model.config.model_type} has blocks of {min(sizes):,} to {max(sizes):,} parameters; whole blocks "
             "can be dropped only where all are of one size. Mask weights instead (wanda, besa, …)"
         )
-    view = FewerBlocks(source, _names(dense, shape), dense.model.config, shape)
+    view = FewerBlocks(with_zeros(dense, shape), _names(dense, shape), dense.model.config, shape)
     if view.model_config().num_hidden_layers != len(shape.kept):
         raise UnsupportedCheckpoint(
             f"{dense.model.config.model_type} takes its number of blocks from elsewhere than from config.json's "
@@ -107,11 +109,11 @@ def narrowed(dense: Skeleton, shape: Shape) -> Skeleton:
 
 
 def _names(dense: Skeleton, shape: Shape) -> dict[str, str]:
-    """Name in the smaller model -> name in the source, for all tensors that stay.
+    """Name in the smaller model -> name in the source, for all tensors that stay, and those of zeros that come.
 
     Tensors within a block that transformers does not know (old buffers) stay behind: they bear its number.
     """
-    blocks = [dense.block_names(block) for block in range(dense.num_blocks)]
+    blocks = [dense.block_names(block) | added_names(dense, block, shape) for block in range(dense.num_blocks)]
     prefixes = tuple(
         {stored.removesuffix(own) for names in blocks for own, stored in names.items() if stored.endswith(f".{own}")}
     )

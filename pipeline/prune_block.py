@@ -36,7 +36,7 @@ def apply_recipe(
             linear_steps = [step for step in steps if isinstance(step, LinearStep)]
             _LinearSteps(linear_steps, coming, sparsity, bench).run(recipe.within_block, batch)
     if not recipe.steps:  # what is left of the block stays as it is
-        return PrunedBlock(linears={}, cut=bench.cut)
+        return PrunedBlock(linears={}, others=bench.tuned, cut=bench.cut)
     kept_rows = [kept_in_rows(linear.keep_OD) for linear in bench.so_far.values()]
     bench.peers.agree(torch.cat(kept_rows), "how many weights each row keeps")
     return PrunedBlock(linears=bench.so_far, others=bench.tuned, cut=bench.cut)

@@ -48,5 +48,5 @@ def neurons_as_data(commits: Mapping[int, Commit]) -> dict[str, JsonValue]:
     """
     cuts = [commit.cut for _, commit in sorted(commits.items()) if commit.cut is not None]
     kept: JsonValue = [cut.kept for cut in cuts]
-    mended: JsonValue = [cut.rewritten for cut in cuts]
+    mended: JsonValue = [cut.notes.get("recovered") == 1.0 for cut in cuts]
     return {"neurons": {"kept": kept, "mended": mended}} if cuts else {}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pydantic import JsonValue, TypeAdapter
 from transformers import PretrainedConfig
 
-from pipeline.anatomy import WIDTH_KEY
+from pipeline.anatomy import BIAS_KEY, WIDTH_KEY
 from pipeline.errors import UnsupportedCheckpoint
 
 BY_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers")
@@ -29,6 +29,9 @@ class Shape:
     width: int | None = None
     """Neurons of every FFN, or None where they are those of the dense model."""
 
+    mlp_bias: bool = False
+    """Whether the linears of every FFN have biases that they have not in the dense model."""
+
     @classmethod
     def from_data(cls, data: JsonValue) -> "Shape":
         """Read what `as_data` has written."""
@@ -40,7 +43,7 @@ class Shape:
 
     def as_data(self) -> dict[str, JsonValue]:
         """Return plain data."""
-        return {"kept": list(self.kept), "width": self.width}
+        return {"kept": list(self.kept), "width": self.width, **({"mlp_bias": True} if self.mlp_bias else {})}
 
 
 def without_last(num_blocks: int, num_dropped: int) -> Shape:
@@ -59,6 +62,8 @@ def edited_settings(config: PretrainedConfig, written: Mapping[str, JsonValue], 
     settings = {key: value for key, value in written.items() if key != _NUM_BLOCKS} | {name: len(shape.kept)}
     if shape.width is not None:
         settings[WIDTH_KEY] = shape.width
+    if shape.mlp_bias:
+        settings[BIAS_KEY] = True
     for listed in BY_BLOCK:
         entries = known.get(listed)
         if not entries:

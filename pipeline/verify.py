@@ -81,10 +81,12 @@ def verify(run_directory: Path, source: Path, progress: Progress) -> Verificatio
                 "Do not use it; prune again in a new output directory"
             )
         records = [record for commit in ledger.commits.values() for record in commit.linears.values()]
-        num_changed = sum(len(_changed(skeleton, commit)) for commit in ledger.commits.values())
+        changed = skeleton.checkpoint.tensors.keys() - skeleton.checkpoint.shard_of.keys()  # zeros that are added
+        for index, commit in ledger.commits.items():
+            changed |= {skeleton.block_names(index)[own] for own in _changed(skeleton, commit)}
         return Verification(
             tensors=len(output.tensors),
-            identical_tensors=len(output.tensors) - num_changed,
+            identical_tensors=len(output.tensors) - len(changed),
             pruned_tensors=len(records),
             pruned_weights=sum(record.pruned for record in records),
             prunable_weights=sum(record.numel for record in records),

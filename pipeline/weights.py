@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from pipeline.budget import Budget, Lease
+from pipeline.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError
 from pipeline.meter import synchronise
 from pipeline.paging.pager import ALIGNMENT, Pager, Transfer, aligned, host_buffer
@@ -200,7 +201,7 @@ class BlockWeights:
                 with suppress(CheckpointError):  # another error is being raised already
                     transfer.wait()
         for stored, target in targets.items():
-            if not _comes_in_pieces(checkpoint.tensors[stored], target):
+            if not _comes_in_pieces(checkpoint, stored, target):
                 checkpoint.read_into(stored, target)
         return tensors
 
@@ -216,12 +217,11 @@ class BlockWeights:
     def _pieces(self, targets: Mapping[str, torch.Tensor]) -> Iterator[tuple[Path, Piece]]:
         """Yield what is to be read, in the order of the files."""
         checkpoint = self._skeleton.checkpoint
-        entries = {name: checkpoint.tensors[name] for name in targets}
+        entries = {n: checkpoint.tensors[n] for n, t in targets.items() if _comes_in_pieces(checkpoint, n, t)}
         for name in sorted(entries, key=lambda n: (checkpoint.shard_of[n], entries[n].start)):
-            if _comes_in_pieces(entries[name], targets[name]):
-                path = checkpoint.locate(name)
-                for piece in pieces_of(name, entries[name]):
-                    yield path, piece
+            path = checkpoint.locate(name)
+            for piece in pieces_of(name, entries[name]):
+                yield path, piece
 
     def _take_in(
         self, piece: Piece, buffer: torch.Tensor, transfer: Transfer, targets: Mapping[str, torch.Tensor]
@@ -235,10 +235,13 @@ class BlockWeights:
         self.bytes_read += piece.end - piece.begin
 
 
-def _comes_in_pieces(entry: TensorEntry, target: torch.Tensor) -> bool:
-    """Tell whether a tensor's numbers lie at multiples of their size, and are floats or stay what they are.
+def _comes_in_pieces(checkpoint: Checkpoint, name: str, target: torch.Tensor) -> bool:
+    """Tell whether a tensor's numbers lie in a file, at multiples of their size, and are floats or stay what they are.
 
-    So it is in all but odd files, whose tensors the checkpoint reads, or refuses.
+    So it is in all but odd files, whose tensors the checkpoint reads, or refuses, and zeros that it makes.
     """
+    if name not in checkpoint.shard_of:
+        return False
+    entry = checkpoint.tensors[name]
     both_float = target.is_floating_point() and entry.dtype.is_floating_point
     return entry.start % entry.dtype.itemsize == 0 and (both_float or target.dtype == entry.dtype)

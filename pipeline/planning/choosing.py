@@ -9,6 +9,7 @@ from pipeline.shape import without_last
 from pipeline.shape_record import is_settled
 from pipeline.skeleton import Skeleton
 from pipeline.width import width_left
+from pipeline.zeros import adds_biases
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,4 +56,5 @@ def planned_shape(config: RunConfig, dense: Skeleton) -> tuple[Skeleton, Choosin
     width = width_left(step, dense, num_dropped, ratio)
     settled = is_settled(config.output) or not num_dropped
     choosing = None if settled else choosing_of(step, dense.num_blocks, num_dropped)
-    return narrowed(dense, replace(without_last(dense.num_blocks, num_dropped), width=width)), choosing
+    shape = replace(without_last(dense.num_blocks, num_dropped), width=width, mlp_bias=adds_biases(step, dense, width))
+    return narrowed(dense, shape), choosing

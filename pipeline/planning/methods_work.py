@@ -12,8 +12,10 @@ from pipeline.methods.reconstruct import Reconstruct
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.methods.step import BlockStep, Step
 from pipeline.methods.structured.narrowing import Comp, Narrowing, WandaSp
+from pipeline.methods.structured.published import Flap
 from pipeline.planning.work import Count, Linears, Pruning, Workload, weights_of
 from pipeline.recipe import Recipe
+from pipeline.statistics import Gram
 
 SELECTION_TRAFFIC = 80
 """Bytes of memory traffic per weight of choosing the smallest of each row: scores, and the passes of a sort."""
@@ -124,6 +126,8 @@ def _narrowing(work: Workload, step: Step) -> Pruning:
     width, num_rows = work.num_neurons, work.groups[-1][-1][0]
     num_factors, num_tried = 4 + step.num_recoveries, 1 + step.num_recoveries
     matrices = Count(factor=num_factors / 3 * width**3, gram=2.0 * num_tried * num_rows * width**2)
+    if Gram not in step.neuron_statistics:  # scores, and the product of some weights and means
+        matrices = Count(memory=SELECTION_TRAFFIC * width * num_rows)
     runs = num_tried * step.held_out if step.needs_targets else 0.0
     judged = Count(gemm=runs * work.forward_flops, hidden_read=round(2 * runs * work.boundary_bytes))
     return Pruning(shared=judged, repeated=matrices)
@@ -138,4 +142,5 @@ _PRUNING: dict[type[Step], Callable[[Workload, Step], Pruning]] = {
     Reconstruct: _reconstruct,
     Comp: _narrowing,
     WandaSp: _narrowing,
+    Flap: _narrowing,
 }

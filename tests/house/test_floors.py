@@ -17,7 +17,7 @@ FLOORS = {
     "lazy_weights memory_config meter numerics peers progress records shard_names sparsity stream_names",
     1: "pipeline: allocation methods shards statistics",
     2: "pipeline: calibration checkpoint config hub ledger paging recipe shape shape_record sharing shelf sources",
-    3: "pipeline: activations linears narrower order skeleton width",
+    3: "pipeline: activations linears narrower order skeleton width zeros",
     4: "pipeline: assemble begun block_writer cutting importance inputs memory outliers planning prune_block sampler "
     "remains self_calibration stage stream survey transaction weights workbench",
     5: "pipeline: allocate choose_shape demo_model doctor evaluate job report run verify without_each",

@@ -34,6 +34,7 @@ WANDA: RecipeEntries = ["wanda"]
 BOTH: RecipeEntries = ["besa", "sparsegpt"]
 TUNED: RecipeEntries = ["wanda", {"reconstruct": {"epochs": 1, "norms": True}}]
 NARROW: RecipeEntries = [{"comp": {"ratio": 0.3, "depth_fraction": 0.6, "multiple": 8}}, "wanda"]
+BIASED: RecipeEntries = [{"flap": {"ratio": 0.3, "multiple": 8}}, "wanda"]
 REBUILT: RecipeEntries = [BESA_DENSE, "sparsegpt"]
 """Both streams must be made again after a stop, and kept weights are new ones, rounded to what is stored."""
 
@@ -65,7 +66,7 @@ def test_wanda_prunes_as_one_process_does(
     assert header_of(tmp_path).get("replicas", 1) == replicas
 
 
-@pytest.mark.parametrize("recipe", [["sparsegpt"], ["besa"], [BESA_DENSE], BOTH, TUNED, NARROW], ids=str)
+@pytest.mark.parametrize("recipe", [["sparsegpt"], ["besa"], [BESA_DENSE], BOTH, TUNED, NARROW, BIASED], ids=str)
 def test_three_stages_make_what_one_process_makes(
     recipe: RecipeEntries, source: Path, in_one_process: Callable[[RecipeEntries], Path], tmp_path: Path
 ) -> None:
@@ -120,7 +121,7 @@ def test_magnitude_does_not_ask_how_the_sequences_are_spread(
     assert pruned_alike(tmp_path) == pruned_alike(in_one_process(["magnitude"]))
 
 
-@pytest.mark.parametrize("recipe", [BOTH, TUNED, NARROW], ids=str)
+@pytest.mark.parametrize("recipe", [BOTH, TUNED, NARROW, BIASED], ids=str)
 def test_gram_matrices_and_gradients_of_two_replicas_sum_to_the_same_bytes_in_every_run(
     recipe: RecipeEntries, source: Path, tmp_path: Path
 ) -> None:

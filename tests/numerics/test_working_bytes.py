@@ -54,7 +54,7 @@ class Chain:
             statistic.update(noise)
         masks = {name: torch.rand(width, width) < 0.5 for name in self.weights}
         self.so_far = {n: PrunedLinear(keep_OD=keep, weight_OD=self.weights[n] * keep) for n, keep in masks.items()}
-        self.others, self.tuned = {}, {}
+        self.others, self.tuned = {"2.bias": torch.zeros(width)}, {}
 
     def num_mini_batches(self, size):
         return 2

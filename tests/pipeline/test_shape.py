@@ -26,6 +26,14 @@ def test_the_number_of_blocks_goes_by_the_name_that_the_family_gives_it() -> Non
     assert edited(GPT2Config(n_layer=6), num_hidden_layers=6) == {"n_layer": 3}
 
 
+def test_biases_and_neurons_are_told_where_they_change() -> None:
+    written = {"intermediate_size": 48, "mlp_bias": False}
+    shape = Shape(kept=(0, 3), width=40, mlp_bias=True)
+    assert edited_settings(LlamaConfig(**SIX), written, shape) == {
+        "intermediate_size": 40, "mlp_bias": True, "num_hidden_layers": 2
+    }  # fmt: skip
+
+
 def test_lists_by_block_are_sliced_and_those_that_a_rule_makes_are_written_out() -> None:
     windows = Qwen2Config(**SIX, use_sliding_window=True, sliding_window=8, max_window_layers=4)
     kinds = edited(windows, max_window_layers=4)["layer_types"]
@@ -43,7 +51,7 @@ def test_a_list_of_another_length_is_refused() -> None:
 
 
 def test_a_shape_survives_as_plain_data_and_knows_what_is_gone() -> None:
-    for shape in (KEPT, Shape(kept=(0, 1), width=8)):
+    for shape in (KEPT, Shape(kept=(0, 1), width=8), Shape(kept=(0, 1), width=8, mlp_bias=True)):
         assert Shape.from_data(shape.as_data()) == shape
     assert KEPT.dropped(6) == (1, 2, 4)
 

@@ -22,17 +22,22 @@ from pipeline.methods.step import BlockView, Report, Shapes
 from pipeline.methods.structured.baselines import fluctuation, wanda_sp
 from pipeline.methods.structured.depth import num_to_drop
 from pipeline.methods.structured.mask_problem import SLAB_NUMEL, MaskProblem
-from pipeline.methods.structured.recovery import DAMPINGS, best_of, folded, is_sound, solved
+from pipeline.methods.structured.recovery import DAMPINGS, best_of, bias_of, folded, is_sound, solved
 from pipeline.methods.structured.selection import Metric, Rounds, Selection, keep_without_lowest, select
 from pipeline.methods.structured.shape_step import Depth, ShapeStep
 from pipeline.sparsity import SemiStructured, Sparsity
 from pipeline.statistics import ColumnSquares, Gathered, Gram, Moments, Statistic, relative_error
 
 NeuronMetric = Literal["condition", "forward", "kappa", "wanda_sp", "flap"]
-Recovery = Literal["mask", "lstsq", "none"]
+Recovery = Literal["mask", "lstsq", "bias", "none"]
 
 _SCORED_BY: dict[str, type[Statistic]] = {"wanda_sp": ColumnSquares, "flap": Moments}
 """What the metrics that are a score alone need; the others need the Gram matrix."""
+
+_MENDED_BY: dict[Recovery, tuple[type[Statistic], ...]] = {
+    "mask": (Gram,), "lstsq": (Gram,), "bias": (Moments,), "none": ()
+}  # fmt: skip
+"""What the recoveries need."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +54,11 @@ class Neurons:
     num_fitted: int
     """Sequences at hand, from the first on, that these are of; the others are held out."""
 
+    @property
+    def reader_bias(self) -> str:
+        """The name of the reader's bias, where it has one."""
+        return f"{self.reader}.bias"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CutBlock:
@@ -59,6 +69,9 @@ class CutBlock:
 
     folded_OK: torch.Tensor | None = None
     """New values of the columns of the reader that are left, or None where they stay as they are."""
+
+    bias_O: torch.Tensor | None = None
+    """New values of the reader's bias, or None where it stays as it is."""
 
     notes: dict[str, float] = field(default_factory=dict)
     """Figures worth recording with the commit."""
@@ -71,7 +84,16 @@ class Mended:
     folded_OK: torch.Tensor | None
     """float64; None: the columns that are left stay as they are."""
 
+    bias_O: torch.Tensor | None = None
+    """float64; None: the reader's bias stays as it is."""
+
     damping: float = 0.0
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What is to be recorded of it."""
+        damping = {} if self.folded_OK is None else {"recovery_damping": self.damping}
+        return {"recovered": float(self.folded_OK is not None or self.bias_O is not None), **damping}
 
 
 class Narrowing(ShapeStep):
@@ -89,8 +111,10 @@ class Narrowing(ShapeStep):
     what it alone carries (`forward`), how far others stand in for it (`kappa`), or scores of Wanda-sp and FLAP."""
 
     recovery: Recovery = "mask"
-    """What makes up for them: rescaling the others (`mask`), solving for all weights that read them (`lstsq`), or
-    nothing (`none`). It is given up in a block where it does not help on the sequences held out."""
+    """What makes up for them: rescaling the others (`mask`), solving for all weights that read them (`lstsq`), what
+    they gave on average as a bias of the linear that read them (`bias`: llama and granite only, whose config.json then
+    says `mlp_bias`), or nothing (`none`). It is given up in a block where it does not help on the sequences held
+    out."""
 
     rounds: int = Field(default=16, ge=1)
     """In so many rounds neurons go; after each the mask and the scores are brought up to date."""
@@ -122,9 +146,8 @@ class Narrowing(ShapeStep):
 
     @property
     def neuron_statistics(self) -> tuple[type[Statistic], ...]:
-        """What the metric needs, and the Gram matrix for a recovery."""
-        kinds = [_SCORED_BY.get(self.neuron_metric, Gram), *([] if self.recovery == "none" else [Gram])]
-        return tuple(dict.fromkeys(kinds))
+        """What the metric and the recovery need."""
+        return tuple(dict.fromkeys((_SCORED_BY.get(self.neuron_metric, Gram), *_MENDED_BY[self.recovery])))
 
     @property
     def needs_targets(self) -> bool:
@@ -134,7 +157,7 @@ class Narrowing(ShapeStep):
     @property
     def num_recoveries(self) -> int:
         """How many are worked out and judged in every block, beside none."""
-        return 0 if self.recovery == "none" else len(DAMPINGS) + (self.recovery == "mask")
+        return {"mask": len(DAMPINGS) + 1, "lstsq": len(DAMPINGS), "bias": 1, "none": 0}[self.recovery]
 
     def num_fitted(self, num_sequences: int) -> int:
         """Return all, or where there is a recovery to judge all but those held out (one at least, if there are two)."""
@@ -145,9 +168,9 @@ class Narrowing(ShapeStep):
     def working_bytes(self, shapes: Shapes, groups: Sequence[Sequence[str]], dtype: torch.dtype) -> int:
         """A matrix of the neurons' pairs, the weights that read them and the best recovery of these, in float64."""
         num_rows, num_columns = shapes[groups[-1][-1]]
-        if self.recovery == "none" and self.neuron_metric in _SCORED_BY:
+        if Gram not in self.neuron_statistics:
             return 16 * num_rows * num_columns  # the weights, and their sizes
-        matrices = 1 if self.recovery == "none" else 2
+        matrices = 2 if Gram in _MENDED_BY[self.recovery] else 1
         return 8 * (num_columns**2 + matrices * num_rows * num_columns + 3 * SLAB_NUMEL)
 
     @torch.no_grad()
@@ -165,11 +188,9 @@ class Narrowing(ShapeStep):
             return CutBlock(keep_U=keep_U, notes=selection.notes)
         judge = _Judge(block, neurons, keep_U)
         best = best_of(self._recoveries(block, neurons, selection), judge.error)
-        notes = {"error_before": judge.errors[0], "error_after": min(judge.errors), "recovered": 0.0}
-        if best.folded_OK is not None:
-            notes |= {"recovered": 1.0, "recovery_damping": best.damping}
+        notes = {"error_before": judge.errors[0], "error_after": min(judge.errors), **best.figures}
         report({"error": notes["error_after"]})
-        return CutBlock(keep_U=keep_U, folded_OK=best.folded_OK, notes={**selection.notes, **notes})
+        return CutBlock(keep_U=keep_U, folded_OK=best.folded_OK, bias_O=best.bias_O, notes={**selection.notes, **notes})
 
     def _choose(self, weight_OU: torch.Tensor, neurons: Neurons) -> Selection:
         num_pruned, gathered = weight_OU.shape[1] - neurons.num_kept, neurons.gathered
@@ -189,8 +210,14 @@ class Narrowing(ShapeStep):
     def _recoveries(self, block: BlockView, neurons: Neurons, selection: Selection) -> Iterator[Mended]:
         """Yield what may make up for the neurons, beginning with nothing; the same on every replica."""
         yield Mended(folded_OK=None)
-        weight_OU, gram_UU = block.weights[neurons.reader], neurons.gathered.of(Gram).gram_DD
-        keep_U = selection.keep_U
+        weight_OU, keep_U = block.weights[neurons.reader], selection.keep_U
+        if self.recovery == "bias":
+            missing_O = bias_of(weight_OU, keep_U, neurons.gathered.of(Moments).mean_D)
+            bias_O = block.others[neurons.reader_bias].double() + missing_O
+            block.from_the_first(bias_O)
+            yield Mended(folded_OK=None, bias_O=bias_O)
+            return
+        gram_UU = neurons.gathered.of(Gram).gram_DD
         if self.recovery == "lstsq":
             for damping in DAMPINGS:
                 solved_OK, used = solved(weight_OU, gram_UU, keep_U, damping)
@@ -231,7 +258,7 @@ class _Judge:
     """Runs a block without some neurons on the sequences held out of all replicas."""
 
     def __init__(self, block: BlockView, neurons: Neurons, keep_U: torch.Tensor) -> None:
-        self._block, self._reader, self._keep_U = block, neurons.reader, keep_U
+        self._block, self._neurons, self._keep_U = block, neurons, keep_U
         self._held_out = range(neurons.num_fitted, block.num_sequences)
         self._device = keep_U.device
         self.errors: list[float] = []
@@ -240,9 +267,10 @@ class _Judge:
     def error(self, mended: Mended) -> float:
         """Return the mean relative error of the block's outputs over the sequences held out."""
         total_2 = torch.zeros(2, dtype=torch.float64, device=self._device)
+        biases = {} if mended.bias_O is None else {self._neurons.reader_bias: mended.bias_O}
         for number in self._held_out:
             here = slice(number, number + 1)
-            output = self._block.output({self._reader: partial(self._weight, mended)}, here)
+            output = self._block.output({self._neurons.reader: partial(self._weight, mended)}, here, biases)
             total_2[0] += relative_error(output, self._block.target(here, "pruned")).double()
             total_2[1] += 1
         self._block.sum([total_2])
@@ -258,7 +286,7 @@ class _Judge:
 
     def _weight(self, mended: Mended) -> torch.Tensor:
         """The reader at its full shape, zero where neurons are gone."""
-        dense_OU = self._block.weights[self._reader]
+        dense_OU = self._block.weights[self._neurons.reader]
         if mended.folded_OK is None:
             return dense_OU * self._keep_U
         made_OU = torch.zeros_like(dense_OU)
