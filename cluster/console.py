@@ -265,6 +265,9 @@ def show_plan(console: Console, plan: Plan) -> None:
     if plan.part_gone:
         each = f" of {plan.width:,} neurons" if plan.width else ""
         facts.append(("left", f"{plan.num_blocks} blocks{each}; {plan.part_gone:.2%} of all blocks' parameters go"))
+    if plan.num_trials:
+        tried = f"{plan.num_trials} splits of that between whole blocks and neurons first, by a run each"
+        facts.append(("tries", f"{tried} (trials); planned for the most blocks of them"))
     if plan.seconds is not None:
         facts.append(("time", f"{human_seconds(plan.seconds)}, most of it spent {_spent(plan.bottleneck)}"))
     show_table(console, "secateur: plan", facts)

@@ -11,7 +11,7 @@ import torch
 
 from cluster.job_shape import BlockCost, JobShape
 from pipeline.methods.step import Step
-from pipeline.planning.methods_work import count_prune, made_bytes
+from pipeline.planning.methods_work import count_recipe, made_bytes
 from pipeline.planning.work import (
     Count,
     Linears,
@@ -38,6 +38,9 @@ class Gpu:
     flops_factor: float
     """Of float32 factorisations."""
 
+    flops_double: float
+    """Of float64 products."""
+
     bytes_per_s: float
     """Of its memory."""
 
@@ -45,10 +48,10 @@ class Gpu:
     """SparseGPT's step from one column to the next: launches, not arithmetic."""
 
 
-A100 = Gpu(flops_gemm=218e12, flops_gram=105e12, flops_factor=11e12, bytes_per_s=1.5e12)
+A100 = Gpu(flops_gemm=218e12, flops_gram=105e12, flops_factor=11e12, flops_double=13e12, bytes_per_s=1.5e12)
 """60-70% of the peak; TF32 for float32 products, which PyTorch uses only where it is allowed to (16e12 if not)."""
 
-H100 = Gpu(flops_gemm=600e12, flops_gram=300e12, flops_factor=25e12, bytes_per_s=2.6e12)
+H100 = Gpu(flops_gemm=600e12, flops_gram=300e12, flops_factor=25e12, flops_double=40e12, bytes_per_s=2.6e12)
 """60-70% of the peak; TF32 for float32 products, which PyTorch uses only where it is allowed to (45e12 if not)."""
 
 
@@ -61,19 +64,19 @@ def shape_of_job(
     work: Workload, recipe: Recipe, gpu: Gpu, *, read_bytes_per_s: float, write_bytes_per_s: float
 ) -> JobShape:
     """Work out what a recipe takes, its steps one after the other."""
-    prunings = [count_prune(work, step) for step in recipe.at_work]
+    prunings = count_recipe(work, recipe)
     again = seconds_of(count_again(work, recipe), gpu)  # every replica has its part of the sequences, as of collecting
     prune = sum(seconds_of(pruning.whole, gpu) for pruning in prunings)
     gathered = statistics_bytes(work, recipe)
-    forward = seconds_of(count_propagate(work), gpu)
-    weight_bytes = work.num_weights * work.dtype_bytes
+    forward, dense_forward = (seconds_of(count_propagate(of), gpu) for of in (work.cut, work))
+    weight_bytes, left_bytes = (of.num_weights * work.dtype_bytes for of in (work, work.cut))
     block = BlockCost(
         read=weight_bytes / read_bytes_per_s,
         collect=seconds_of(count_collect(work, recipe), gpu) + again,
         prune=prune,
-        commit=weight_bytes / write_bytes_per_s,
+        commit=left_bytes / write_bytes_per_s,
         propagate=forward,
-        dense_forward=forward,
+        dense_forward=dense_forward,
         weight_bytes=weight_bytes,
         statistics_bytes=gathered,
         solved_bytes=sum(pruning.solved_bytes for pruning in prunings),
@@ -91,7 +94,8 @@ def shape_of_job(
         working_bytes=gathered
         + max(
             (
-                made_bytes(recipe, i, work.num_weights, work.dtype_bytes) + _step_bytes(work, step)
+                made_bytes(recipe, i, work.cut.num_weights, work.dtype_bytes)
+                + _step_bytes(work if step is recipe.narrowing else work.cut, step)
                 for i, step in enumerate(recipe.at_work)
             ),
             default=0,
@@ -106,6 +110,8 @@ def seconds_of(count: Count, gpu: Gpu) -> float:
         count.gemm / gpu.flops_gemm
         + count.gram / gpu.flops_gram
         + count.factor / gpu.flops_factor
+        + count.double / gpu.flops_double
+        + count.double_factor / (gpu.flops_double * gpu.flops_factor / gpu.flops_gram)
         + count.columns * gpu.seconds_per_column
         + count.memory / gpu.bytes_per_s
     )

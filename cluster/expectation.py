@@ -7,6 +7,7 @@ from cluster.cost_model import A100, Gpu, shape_of_job
 from cluster.job_shape import JobShape
 from pipeline.cluster_config import ClusterConfig
 from pipeline.job import Source
+from pipeline.planning.left import shapes_left
 from pipeline.planning.work import Workload, likely_groups, shapes_of
 
 CPU_FLOPS = 40e9
@@ -35,6 +36,7 @@ def workload_of(source: Source) -> Workload:
     groups = likely_groups(block, config.prune.skip, skeleton.model.config.hidden_size)
     return Workload(
         groups=shapes_of(block, groups),
+        left=shapes_left(skeleton, groups),
         hidden=skeleton.model.config.hidden_size,
         num_blocks=skeleton.num_blocks,
         num_sequences=num_sequences,
@@ -48,4 +50,7 @@ def workload_of(source: Source) -> Workload:
 def one_cpu(num_threads: int) -> Gpu:
     """Return what a worker on a CPU sustains."""
     flops = CPU_FLOPS * num_threads
-    return Gpu(flops_gemm=flops, flops_gram=flops, flops_factor=flops / 4, bytes_per_s=5e9, seconds_per_column=10e-6)
+    return Gpu(
+        flops_gemm=flops, flops_gram=flops, flops_factor=flops / 4, flops_double=flops / 2, bytes_per_s=5e9,
+        seconds_per_column=10e-6,
+    )  # fmt: skip

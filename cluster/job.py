@@ -31,6 +31,7 @@ from pipeline.memory import fitted_memory
 from pipeline.paging.spool import remove_leftovers, spool_directory
 from pipeline.progress import Progress, StopAsked
 from pipeline.report import Report
+from pipeline.run import run
 
 TRACE, CLUSTER = "trace.json", "cluster.json"
 
@@ -52,7 +53,7 @@ def run_on_cluster(config: RunConfig, progress: Progress, stop_asked: StopAsked)
         if offer.device_type == "cpu" and config.compute.threads is None:
             # Rounding depends on it, so it becomes part of the run's identity.
             config = config.model_copy(update={"compute": config.compute.model_copy(update={"threads": settings.cpus})})
-        with open_source(config, progress, stop_asked, offer.device_type) as source:
+        with open_source(config, progress, stop_asked, run, offer.device_type) as source:
             if config.evaluate is not None and source.skeleton.device.type != offer.device_type:
                 progress.say(f"perplexity is measured by this process, on {source.skeleton.device}, not by workers")
             topology, expected = _choose_topology(source, settings, offer, progress)

@@ -26,7 +26,9 @@ from pipeline.progress import Progress, StopAsked
 from pipeline.shape import Shape
 from pipeline.shape_record import Figures, ShapeRecord
 from pipeline.skeleton import Skeleton
+from pipeline.splits import Trials, splits_of
 from pipeline.survey import survey
+from pipeline.try_splits import Prune, Tried, try_splits
 from pipeline.width import num_neurons, width_left
 from pipeline.without_each import evaluate_without_each
 from pipeline.zeros import adds_biases
@@ -56,6 +58,9 @@ class Chosen:
     num_neurons: int | None = None
     """Of every block of the dense model, where some of them go."""
 
+    tried: Tried | None = None
+    """What was found of other splits between blocks and neurons, where some were tried."""
+
     def as_data(self) -> dict[str, JsonValue]:
         """Return plain data, as reports have it."""
         return {
@@ -64,6 +69,7 @@ class Chosen:
             "kept": list(self.shape.kept),
             **({} if self.num_neurons is None else {"width": self.shape.width, "neurons": self.num_neurons}),
             **({"mlp_bias": True} if self.shape.mlp_bias else {}),
+            **({} if self.tried is None else {"tried": self.tried.as_data()}),
             "importance": {str(block): value for block, value in self.importance.items()},
             "parameters_before": self.numel,
             "bytes_before": self.num_bytes,
@@ -77,23 +83,29 @@ def choose_shape(
     settings: dict[str, JsonValue],
     progress: Progress,
     stop_asked: StopAsked,
+    prune: Prune,
 ) -> Chosen:
     """Choose the blocks that stay, or go by what an earlier session has measured; the run's lock is held.
 
-    settings: what the choice depends on beside the recipe. Raises ConfigError where the ratio is not one of blocks,
-    ConfigChanged and RunDirectoryError as `ShapeRecord` does, and RunStopped between blocks.
+    settings: what the choice depends on beside the recipe; prune: carries out a run, where several are tried. Raises
+    ConfigError where the ratio is not one of blocks, ConfigChanged and RunDirectoryError as `ShapeRecord` does, and
+    RunStopped between blocks.
     """
     recipe, target = config.prune.steps, config.prune.target
     step = recipe.shape
     assert step is not None, "the recipe removes blocks"
     ratio = recipe.part_removed(target)
-    num_dropped = step.num_dropped(dense.num_blocks, ratio)
+    splits, trials, tried = splits_of(step, dense, ratio), Trials.of(config, dense), None
+    if splits[-1]:
+        narrowed(dense, Shape(kept=(0, dense.num_blocks - 1)))  # what cannot be narrowed is not surveyed first
+    blocks: JsonValue = splits[0] if trials is None else [*splits]
+    asked: dict[str, JsonValue] = {"step": step.method, "options": step.model_dump(mode="json"), "blocks": blocks}
+    record = ShapeRecord(config.output, {**asked, **settings})
+    if trials is not None:
+        tried = try_splits(trials, tokens_NT, record, progress, stop_asked, prune)
+    num_dropped = splits[0] if tried is None else tried.best
     width = width_left(step, dense, num_dropped, ratio)
     mlp_bias = adds_biases(step, dense, width)
-    if num_dropped:
-        narrowed(dense, Shape(kept=(0, dense.num_blocks - 1)))  # what cannot be narrowed is not surveyed first
-    asked: dict[str, JsonValue] = {"step": step.method, "options": step.model_dump(mode="json"), "blocks": num_dropped}
-    record = ShapeRecord(config.output, {**asked, **settings})
     search = _Search(config, dense, tokens_NT, step, num_dropped, record, progress, stop_asked)
     order = search.order()
     kept = tuple(block for block in range(dense.num_blocks) if block not in order)
@@ -108,7 +120,7 @@ def choose_shape(
     return Chosen(
         shape=shape, num_blocks=dense.num_blocks, order=tuple(order), importance=search.importance(),
         numel=dense.checkpoint.numel(), num_bytes=dense.checkpoint.total_bytes(),
-        num_neurons=None if width is None else num_neurons(dense),
+        num_neurons=None if width is None else num_neurons(dense), tried=tried,
     )  # fmt: skip
 
 

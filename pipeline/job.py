@@ -39,6 +39,7 @@ from pipeline.shape import Shape
 from pipeline.skeleton import Skeleton
 from pipeline.sources import WrittenByModel, describe
 from pipeline.sparsity import SemiStructured
+from pipeline.try_splits import Prune
 
 Scheme = Mapping[str, JsonValue]
 """What of the way blocks and sequences are spread determines the bytes; empty where it is as in one process."""
@@ -104,13 +105,13 @@ class Job:
 
 @contextmanager
 def open_source(
-    config: RunConfig, progress: Progress, stop_asked: StopAsked, device_type: str | None = None
+    config: RunConfig, progress: Progress, stop_asked: StopAsked, prune: Prune, device_type: str | None = None
 ) -> Iterator[Source]:
     """Open the model and load the calibration tokens; blocks run here, or on workers with devices of this type.
 
     Where the model is to write its calibration text, or blocks are to be dropped, that is settled here, once, in the
-    run directory, whose lock the caller holds. Raises RunStopped where a stop is asked for meanwhile, and
-    BudgetExceeded where it does not fit.
+    run directory, whose lock the caller holds. prune: carries out a run, where several are tried first. Raises
+    RunStopped where a stop is asked for meanwhile, and BudgetExceeded where it does not fit.
     """
     directory = model_directory_of(config)
     if config.compute.threads is not None:
@@ -133,7 +134,7 @@ def open_source(
                 "calibration": calibration.sha256,
                 "compute": _compute(config, device_type, dtype),
             }
-            chosen = choose_shape(config, skeleton, calibration.tokens_NT, depends_on, progress, stop_asked)
+            chosen = choose_shape(config, skeleton, calibration.tokens_NT, depends_on, progress, stop_asked, prune)
             skeleton = narrowed(skeleton, chosen.shape)
         yield Source(
             config=config, checkpoint=skeleton.checkpoint, skeleton=skeleton, calibration=calibration,
@@ -280,11 +281,7 @@ def evaluate_job(job: Job, when: str) -> None:
         return
     source_directory = job.source.checkpoint.directory
     windows_WL = load_windows(wanted, source_directory)
-    text: JsonValue = {
-        "text": describe(wanted.source),
-        "windows": list(windows_WL.shape),
-        "take": wanted.take,
-    }
+    text: JsonValue = {"text": describe(wanted.source), "windows": list(windows_WL.shape), "take": wanted.take}
     known = job.ledger.notes.get(name)
     if isinstance(known, dict) and known["on"] == text:
         return

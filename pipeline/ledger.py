@@ -233,12 +233,14 @@ def refuse_foreign(run_directory: Path) -> None:
 
 def _is_leftover(path: Path) -> bool:
     if path.is_dir():
-        return path.name in _LEFTOVER_DIRECTORIES and all(file.suffix == ".tmp" for file in path.iterdir())
-    return (
-        path.suffix == ".tmp"
-        or path.name in (TOKENS_NAME, SHAPE_NAME)
-        or (path.name == LOCK_NAME and path.read_bytes()[:8] in (b"", b"process "))
-    )
+        is_ours = path.name == "spool" and _is_lock(path.with_name(LOCK_NAME))  # of a run that died while it chose
+        is_empty = path.name in _LEFTOVER_DIRECTORIES and all(file.suffix == ".tmp" for file in path.iterdir())
+        return is_ours or is_empty
+    return path.suffix == ".tmp" or path.name in (TOKENS_NAME, SHAPE_NAME) or _is_lock(path)
+
+
+def _is_lock(path: Path) -> bool:
+    return path.name == LOCK_NAME and path.is_file() and path.read_bytes()[:8] in (b"", b"process ")
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """What a finished run has to say: sparsity, quality, cost, and what will and will not run faster."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -139,13 +139,29 @@ def guidance(report: Report) -> list[str]:
     )
 
 
+def told_of_trials(tried: Mapping[str, JsonValue], num_dropped: int) -> str:
+    """Say what trials of several splits between blocks and neurons have found, and which was taken."""
+    perplexity = tried["perplexity"]
+    assert isinstance(perplexity, dict)
+    found = ", ".join(f"{value:.2f} without {number}" for number, value in perplexity.items())
+    return (
+        f"How much goes with whole blocks was found by {len(perplexity)} trial runs, whose perplexity on "
+        f"{tried['sequences']} calibration sequences held out from them was, by the number of blocks: {found}; "
+        f"{tried['dense']:.2f} before. Taken: without {num_dropped}."
+    )
+
+
 def _of_smaller(smaller: Smaller) -> list[str]:
     width, neurons = smaller.blocks.get("width"), smaller.blocks.get("neurons")
     each = "" if width is None else f", with {width} of {neurons} neurons each"
     what = "blocks" if width is None else "parameters"
+    dropped, tried = smaller.blocks["dropped"], smaller.blocks.get("tried")
+    assert isinstance(dropped, list)
+    trials = [told_of_trials(tried, len(dropped))] if isinstance(tried, dict) else []
     return [
         f"The model is really smaller: {smaller.num_blocks} of {smaller.blocks['of']} blocks are left{each}. It loads "
-        f"in stock transformers, and takes less memory and time on any hardware, about in proportion to its {what}."
+        f"in stock transformers, and takes less memory and time on any hardware, about in proportion to its {what}.",
+        *trials,
     ]
 
 

@@ -41,7 +41,7 @@ def run(config: RunConfig, progress: Progress, stop_asked: StopAsked, *, probe: 
     refuse_foreign(config.output)
     with (
         RunLock(config.output),
-        open_source(config, progress, stop_asked) as source,
+        open_source(config, progress, stop_asked, run) as source,
         _planned_memory(source, progress, probe) as (plan, memory),
     ):
         job = open_job(source, memory, progress, stop_asked, plan=plan)

@@ -1,7 +1,8 @@
 """What a run has measured to choose the shape of its output, and what it chose: `shape.json` in the run directory.
 
     {"settings": what the choice depends on,
-     "measured": {"": figures of the dense model, "4 7": of the one without blocks 4 and 7, …},
+     "measured": {"": figures of the dense model, "4 7": of the one without blocks 4 and 7, …,
+                  "2 blocks go": perplexity of a trial that dropped two, and of the dense model, …},
      "order": blocks in the order they go, "kept": blocks that stay, "width": …}
 
 Every measurement is durable as soon as it is made, so that a search that was stopped goes on; the choice follows from
@@ -23,12 +24,12 @@ from pipeline.shape import Shape
 Figures = list[float]
 
 
-def is_settled(run_directory: Path) -> bool:
-    """Tell whether an earlier session has come to a choice; what is no JSON of ours has none."""
+def num_kept(run_directory: Path) -> int | None:
+    """Return how many blocks an earlier session has chosen to keep; None before, and of what is no JSON of ours."""
     try:
-        return "kept" in json.loads((run_directory / SHAPE_NAME).read_bytes())
-    except (OSError, ValueError, TypeError):
-        return False
+        return len(json.loads((run_directory / SHAPE_NAME).read_bytes())["kept"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 class ShapeRecord:
@@ -52,11 +53,21 @@ class ShapeRecord:
 
     def measure(self, gone: frozenset[int], figures_of: Callable[[], Figures]) -> Figures:
         """Return the figures of the model without some blocks: measured now, and kept, where they are not known."""
-        name = _name(gone)
+        return self.keep(_name(gone), figures_of)
+
+    def keep(self, name: str, figures_of: Callable[[], Figures]) -> Figures:
+        """Return figures that go by any name, as `measure` does."""
         if name not in self.measured:
             self.measured[name] = figures_of()
             self._write()
         return self.measured[name]
+
+    def begun(self) -> bool:
+        """Tell whether an earlier session has begun with these settings; from now on one has."""
+        if self.path.is_file():
+            return True
+        self._write()
+        return False
 
     def settle(self, shape: Shape, order: Sequence[int]) -> None:
         """Keep the choice; raises RunDirectoryError where the file has another than follows from its figures."""

@@ -30,6 +30,7 @@ from pipeline.shape import Shape
 from pipeline.shards import hash_file
 from pipeline.skeleton import Skeleton
 from pipeline.sparsity import SemiStructured, Sparsity, holds, parse_sparsity
+from pipeline.splits import splits_of
 from pipeline.width import width_left
 
 
@@ -106,9 +107,9 @@ def _smaller(ledger: Ledger, dense: Skeleton, left: Skeleton, output: Checkpoint
     """Hold what is gone for good against what was asked, and the config against the blocks that are left."""
     recipe, target, _ = _asked(ledger)
     gone = dense.num_blocks - left.num_blocks
-    wanted = 0 if recipe.shape is None else recipe.shape.num_dropped(dense.num_blocks, recipe.part_removed(target))
-    if gone != wanted:
-        yield f"{gone} of {dense.num_blocks} blocks are gone, and {wanted} were to go"
+    wanted = [0] if recipe.shape is None else splits_of(recipe.shape, dense, recipe.part_removed(target))
+    if gone not in wanted:
+        yield f"{gone} of {dense.num_blocks} blocks are gone, and {' or '.join(map(str, wanted))} were to go"
     if left is not dense and output.settings() != left.checkpoint.settings():
         yield "config.json is not the source's with the blocks taken out that are gone, and its neurons"
     asked = None if recipe.shape is None else width_left(recipe.shape, dense, gone, recipe.part_removed(target))

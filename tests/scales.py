@@ -1,5 +1,7 @@
 """LLaMA-2-70B as a run in numbers, for tests of plans."""
 
+from dataclasses import replace
+
 import torch
 
 from pipeline.methods.step import Step
@@ -8,11 +10,14 @@ from pipeline.planning.work import Workload
 from pipeline.recipe import Recipe
 
 D, KV, F = 8192, 1024, 28672
+K = 20480
+"""Neurons that are left of F where some are to go."""
 
 LLAMA_70B = Workload(
     groups=(((D, D), (KV, D), (KV, D)), ((D, D),), ((F, D), (F, D)), ((D, F),)),
     hidden=D, num_blocks=80, num_sequences=128, num_tokens=2048,
 )  # fmt: skip
+NARROW_70B = replace(LLAMA_70B, left=(((D, D), (KV, D), (KV, D)), ((D, D),), ((K, D), (K, D)), ((D, K),)))
 
 
 def scale_70b(*steps: Step, unified: bool = False, work: Workload = LLAMA_70B) -> Scale:

@@ -6,8 +6,9 @@ from pipeline.config import RunConfig
 from pipeline.methods.structured.shape_step import ShapeStep
 from pipeline.narrower import narrowed
 from pipeline.shape import without_last
-from pipeline.shape_record import is_settled
+from pipeline.shape_record import num_kept
 from pipeline.skeleton import Skeleton
+from pipeline.splits import splits_of
 from pipeline.width import width_left
 from pipeline.zeros import adds_biases
 
@@ -44,17 +45,19 @@ def choosing_of(step: ShapeStep, num_blocks: int, num_dropped: int) -> Choosing:
 def planned_shape(config: RunConfig, dense: Skeleton) -> tuple[Skeleton, Choosing | None]:
     """Return a model as small as a run will make it, and what choosing its blocks takes; None where it is done.
 
-    Which blocks stay is not known yet, and of no account: they are of one size. Raises ConfigError where the ratio is
-    not one of blocks.
+    Which blocks stay is not known yet, and of no account: they are of one size. Where it is to be found out how many
+    go, as few go as may. Raises ConfigError where the ratio is not one of blocks.
     """
     recipe, target = config.prune.steps, config.prune.target
     step = recipe.shape
     if step is None:
         return dense, None
     ratio = recipe.part_removed(target)
-    num_dropped = step.num_dropped(dense.num_blocks, ratio)
+    kept, splits = num_kept(config.output), splits_of(step, dense, ratio)
+    gone = dense.num_blocks - (kept or 0)
+    num_dropped = gone if gone in splits else splits[0]
     width = width_left(step, dense, num_dropped, ratio)
-    settled = is_settled(config.output) or not num_dropped
+    settled = kept is not None or not num_dropped
     choosing = None if settled else choosing_of(step, dense.num_blocks, num_dropped)
     shape = replace(without_last(dense.num_blocks, num_dropped), width=width, mlp_bias=adds_biases(step, dense, width))
     return narrowed(dense, shape), choosing

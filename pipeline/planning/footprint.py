@@ -206,11 +206,12 @@ def _prune(scale: Scale) -> Iterator[Held]:
 
 
 def _made(scale: Scale, num_steps: int) -> int:
-    return made_bytes(scale.recipe, num_steps, scale.work.num_weights, scale.dtype.itemsize)
+    return made_bytes(scale.recipe, num_steps, scale.work.cut.num_weights, scale.dtype.itemsize)
 
 
 def _step_bytes(scale: Scale, step: Step) -> int:
-    return step.working_bytes(scale.shapes, scale.names, scale.dtype)
+    shapes = scale.shapes if step is scale.recipe.narrowing else scale.shapes_left
+    return step.working_bytes(shapes, scale.names, scale.dtype)
 
 
 def _commit(scale: Scale) -> Iterator[Held]:

@@ -13,9 +13,9 @@ from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.methods.step import BlockStep, Step
 from pipeline.methods.structured.narrowing import Comp, Narrowing, WandaSp
 from pipeline.methods.structured.published import Flap
+from pipeline.methods.structured.recovery import DAMPINGS
 from pipeline.planning.work import Count, Linears, Pruning, Workload, weights_of
 from pipeline.recipe import Recipe
-from pipeline.statistics import Gram
 
 SELECTION_TRAFFIC = 80
 """Bytes of memory traffic per weight of choosing the smallest of each row: scores, and the passes of a sort."""
@@ -38,6 +38,11 @@ def made_bytes(recipe: Recipe, num_steps: int, num_weights: int, itemsize: int) 
     steps = [step for step in recipe.at_work[:num_steps] if step is not recipe.narrowing]
     rewritten = any(step.rewrites or step.quantises for step in steps)
     return (num_weights if steps else 0) + (num_weights * itemsize if rewritten else 0)
+
+
+def count_recipe(work: Workload, recipe: Recipe) -> list[Pruning]:
+    """Count the steps of a recipe in turn: what comes after neurons are gone sees a smaller block."""
+    return [count_prune(work if step is recipe.narrowing else work.cut, step) for step in recipe.at_work]
 
 
 def count_prune(work: Workload, step: Step) -> Pruning:
@@ -121,14 +126,28 @@ def _reconstruct(work: Workload, step: Step) -> Pruning:
 
 
 def _narrowing(work: Workload, step: Step) -> Pruning:
-    """Every replica chooses and mends; they share the runs that recoveries are judged by."""
+    """Every replica chooses and mends; they share the runs of the block that recoveries are judged by.
+
+    With U neurons, K of which stay, and O rows that read them: `selection` tells what its rounds take; a mask or a
+    solution for each damping takes a matrix of the pairs of those that stay, and its factor.
+    """
     assert isinstance(step, Narrowing)
-    width, num_rows = work.num_neurons, work.groups[-1][-1][0]
-    num_factors, num_tried = 4 + step.num_recoveries, 1 + step.num_recoveries
-    matrices = Count(factor=num_factors / 3 * width**3, gram=2.0 * num_tried * num_rows * width**2)
-    if Gram not in step.neuron_statistics:  # scores, and the product of some weights and means
-        matrices = Count(memory=SELECTION_TRAFFIC * width * num_rows)
-    runs = num_tried * step.held_out if step.needs_targets else 0.0
+    if work.left is None:
+        return Pruning()  # whole blocks are all that goes
+    num_neurons, num_kept, num_rows = work.num_neurons, work.cut.num_neurons, work.groups[-1][-1][0]
+    num_gone = num_neurons - num_kept
+    matrices = Count()
+    if step.neuron_metric in ("condition", "kappa"):
+        products = 2.0 * num_rows * num_neurons**2 + 2.0 * num_neurons**2 * num_gone
+        matrices += Count(double=products, double_factor=4 / 3 * num_neurons**3)
+    if step.recovery == "mask":
+        each = 2.0 * num_rows * (num_neurons**2 + num_kept**2)
+        matrices += Count(double=each, double_factor=num_kept**3 / 3).times(len(DAMPINGS))
+    if step.recovery == "lstsq":
+        each = 2.0 * num_rows * num_kept * (num_gone + num_kept)
+        matrices += Count(double=each, double_factor=num_kept**3 / 3).times(len(DAMPINGS))
+    num_judged = work.num_sequences - step.num_fitted(work.num_sequences)
+    runs = (1 + step.num_recoveries) * num_judged / work.num_sequences if step.needs_targets else 0.0
     judged = Count(gemm=runs * work.forward_flops, hidden_read=round(2 * runs * work.boundary_bytes))
     return Pruning(shared=judged, repeated=matrices)
 

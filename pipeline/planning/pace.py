@@ -17,7 +17,7 @@ from pipeline.meter import synchronise
 from pipeline.paging.pager import Pager
 from pipeline.planning.choosing import Choosing
 from pipeline.planning.footprint import Choice
-from pipeline.planning.methods_work import SELECTION_TRAFFIC, count_prune
+from pipeline.planning.methods_work import SELECTION_TRAFFIC, count_recipe
 from pipeline.planning.probes import copy_speed, disk_speed, matmul_flops
 from pipeline.planning.scale import Generation, Scale
 from pipeline.planning.work import (
@@ -36,6 +36,9 @@ PROBED_BYTES = 128 << 20
 """Written to the disk and read back."""
 
 HASHED_BYTES = 1 << 25
+
+DOUBLE_SIZE = 2048
+"""Of the matrices that float64 products are measured by: many accelerators are slow at them."""
 
 FACTOR_SHARE = {"cpu": 1 / 4}
 """How fast factorisations are beside float32 products; a tenth where nothing else is known."""
@@ -63,6 +66,12 @@ class Speeds:
 
     factor: float
     """Of float32 factorisations."""
+
+    double: float
+    """Of float64 products."""
+
+    double_factor: float
+    """Of float64 factorisations."""
 
     memory: float
     """Bytes, as choosing the smallest of each row takes them."""
@@ -102,13 +111,17 @@ def probe_speeds(directory: Path, pager: Pager, device: torch.device, dtype: tor
             f"with room, which this user may write"
         ) from error
     gram = matmul_flops(device, torch.float32, size)
+    double = matmul_flops(device, torch.float64, min(size, DOUBLE_SIZE))
+    factor_share = FACTOR_SHARE.get(device.type, 1 / 10)
     return Speeds(
         disk_read=read,
         disk_write=write,
         copy=copy_speed(device),
         gemm=gram if dtype == torch.float32 else matmul_flops(device, dtype, size),
         gram=gram,
-        factor=gram * FACTOR_SHARE.get(device.type, 1 / 10),
+        factor=gram * factor_share,
+        double=double,
+        double_factor=double * factor_share,
         memory=_selection_speed(device),
         hash=_hash_speed(),
         seconds_per_column=SECONDS_PER_COLUMN.get(device.type, 90e-6),
@@ -118,8 +131,8 @@ def probe_speeds(directory: Path, pager: Pager, device: torch.device, dtype: tor
 def costs(scale: Scale, choice: Choice, speeds: Speeds | None, outside_bytes: int) -> list[Cost]:
     """Return what the phases of a whole run take, in their order. `outside_bytes`: weights outside the blocks."""
     work, recipe, count = scale.work, scale.recipe, scale.work.num_blocks
-    collect, propagate = count_collect(work, recipe), count_propagate(work)
-    prune = sum((count_prune(work, step).whole for step in recipe.at_work), count_again(work, recipe))
+    collect, propagate = count_collect(work, recipe), count_propagate(work.cut)
+    prune = sum((pruning.whole for pruning in count_recipe(work, recipe)), count_again(work, recipe))
 
     def cost(name: str, once: Count, times: int = count) -> Cost:
         return _cost(scale, choice, speeds, name, once, times)
@@ -129,19 +142,19 @@ def costs(scale: Scale, choice: Choice, speeds: Speeds | None, outside_bytes: in
     embed = Count(weights_read=embedding, hidden_written=work.boundary_bytes)
     phases = [] if scale.generation is None else [cost("generate", _writing(work, scale.generation), 1)]
     choosing = scale.choosing
-    num_embedded = bool(recipe.at_work) + scale.surveys + (choosing.embedded if choosing else 0)
+    num_embedded = scale.works + scale.surveys + (choosing.embedded if choosing else 0)
     phases += [cost("embed", embed, num_embedded)] if num_embedded else []
     phases += [cost("choose", _choosing(scale, choosing), 1)] if choosing else []
     phases += [cost("survey", count_survey(work))] if scale.surveys else []
-    if recipe.at_work:  # else blocks are copied as they are, and nothing is run
+    if scale.works:  # else blocks are copied as they are, and nothing is run
         phases += [cost("read", count_read(work)), cost("collect", collect, 1 if choice.fused else count)]
         phases += [cost("prune", prune)]
     phases += [cost("commit", count_commit(work, recipe))]
-    if recipe.at_work and choice.fused:
+    if scale.works and choice.fused:
         both = propagate + collect
         both = replace(both, hidden_read=both.hidden_read - work.boundary_bytes)
         phases.append(cost("fused", both, count - 1))
-    elif recipe.at_work:
+    elif scale.works:
         phases.append(cost("propagate", propagate, count - 1))
     if scale.windows is not None:
         phases.append(cost("evaluate", _evaluations(scale, *scale.windows), 1))
@@ -174,6 +187,7 @@ def _parts(once: Count, disk_read: int, disk_written: int, copied: int, speeds: 
     """Seconds by what is kept busy."""
     computing = (
         once.gemm / speeds.gemm + once.gram / speeds.gram + once.factor / speeds.factor
+        + once.double / speeds.double + once.double_factor / speeds.double_factor
         + once.columns * speeds.seconds_per_column + once.memory / speeds.memory
         + once.weights_written / speeds.hash
     )  # fmt: skip
@@ -218,8 +232,9 @@ def _evaluations(scale: Scale, num_windows: int, length: int) -> Count:
     """All blocks and the head over all windows, of the dense model and of the pruned one."""
     work = replace(scale.work, num_sequences=num_windows, num_tokens=length)
     block, tokens = count_read(work) + count_propagate(work), work.all_tokens
+    left = count_read(work.cut) + count_propagate(work.cut)
     head = Count(gemm=2.0 * tokens * work.hidden * scale.vocab_size, hidden_read=work.boundary_bytes)
-    return block.times(2 * work.num_blocks + scale.num_dropped) + head.times(2)
+    return block.times(work.num_blocks + scale.num_dropped) + left.times(work.num_blocks) + head.times(2)
 
 
 def _selection_speed(device: torch.device) -> float:

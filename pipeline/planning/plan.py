@@ -24,14 +24,14 @@ from pipeline.errors import BudgetExceeded
 from pipeline.memory_config import MemoryConfig
 from pipeline.paging.engines import open_pager
 from pipeline.paging.spool import existing
-from pipeline.planning.choosing import Choosing, planned_shape
+from pipeline.planning.choosing import Choosing
 from pipeline.planning.fitting import Limit, Room, choose, preferences, refusal
 from pipeline.planning.footprint import Choice, Fit, footprint
 from pipeline.planning.held import Phase, working_sets
-from pipeline.planning.methods_work import count_prune
 from pipeline.planning.pace import Cost, Speeds, costs, probe_speeds
-from pipeline.planning.scale import Scale, generation_of, scale_of
-from pipeline.planning.work import count_again, count_collect, count_propagate, weights_of
+from pipeline.planning.runs import forward_passes, outside_bytes, planned_scale, trying
+from pipeline.planning.scale import scale_of
+from pipeline.planning.work import weights_of
 from pipeline.skeleton import Skeleton
 from pipeline.width import bytes_left, part_gone, width_of
 
@@ -110,6 +110,10 @@ class Plan:
     part_gone: float
     """Of all blocks' parameters: what goes for good with whole blocks and neurons, rounded widths and all."""
 
+    num_trials: int
+    """Runs that try splits between whole blocks and neurons first, counted in all figures; the rest of them is of the
+    run that follows, with as many blocks as may be."""
+
     width: int | None
     """Neurons that are left in every block, where some of them go."""
 
@@ -133,19 +137,15 @@ def make_plan(config: RunConfig, directory: Path, speeds: Speeds | None, baselin
         device = choose_device(config.compute.device)
         dtype = choose_dtype(config.compute.dtype, device, checkpoint.matrix_dtype())
         dense = Skeleton(checkpoint, device, dtype)
-        skeleton, choosing = planned_shape(config, dense)
-        scale = replace(
-            scale_of(config, skeleton), choosing=choosing, num_dropped=dense.num_blocks - skeleton.num_blocks,
-            generation=generation_of(config, dense),
-        )  # fmt: skip
+        skeleton, scale = planned_scale(config, dense)
         held = psutil.Process().memory_info().rss + LATER_BYTES if baseline is None else baseline
         room = room_for(config, device, held)
         choice = choose(scale, room, config.memory.activations)
         refused = () if choice else refusal(scale, room, config.memory.activations, config.prune.target)
         choice = choice or list(preferences(scale, room, config.memory.activations))[-1]
-        inside = sum(skeleton.block_numel(index) for index in range(skeleton.num_blocks))
-        outside = max(0, skeleton.checkpoint.total_bytes() - inside * scale.stored.itemsize)
+        trials = trying(config, dense, choice, room, speeds)
         phases = footprint(scale, choice, held)
+        spent = costs(scale, choice, speeds, outside_bytes(skeleton, scale))
         return Plan(
             model_type=skeleton.model.config.model_type,
             num_blocks=skeleton.num_blocks,
@@ -153,14 +153,15 @@ def make_plan(config: RunConfig, directory: Path, speeds: Speeds | None, baselin
             device=str(device),
             dtype=str(dtype).removeprefix("torch."),
             choice=choice,
-            refused=refused,
+            refused=refused or (trials.refused if trials else ()),
             limits={place: limit.num_bytes for place, limit in room.limits.items()},
             output_bytes=bytes_left(skeleton),
             part_gone=part_gone(dense, skeleton),
             width=width_of(skeleton),
             working_sets=working_sets(phases),
-            forward_passes=_forward_passes(scale) + scale.surveys,
-            **_totals(phases, costs(scale, choice, speeds, outside)),
+            forward_passes=forward_passes(scale) + scale.surveys + (trials.forward_passes if trials else 0.0),
+            num_trials=trials.num_runs if trials else 0,
+            **(_totals((*phases, trials.largest), [trials.cost, *spent]) if trials else _totals(phases, spent)),
         )
 
 
@@ -260,13 +261,3 @@ def _planned(cost: Cost, phase: Phase | None) -> PlannedPhase:
         seconds=cost.seconds,
         bottleneck=cost.bottleneck,
     )
-
-
-def _forward_passes(scale: Scale) -> float:
-    """Passes of all tokens through the model; those that end within a block count by their part of it."""
-    work, recipe = scale.work, scale.recipe
-    counts = [count_collect(work, recipe), count_propagate(work), count_again(work, recipe)]
-    counts += [count_prune(work, step).whole for step in (recipe.narrowing, *recipe.block_steps) if step is not None]
-    chosen_by = scale.choosing.blocks / work.num_blocks if scale.choosing else 0.0
-    run = sum(count.gemm for count in counts) if recipe.at_work else 0.0  # blocks that stay whole are copied
-    return run / work.forward_flops + chosen_by

@@ -8,7 +8,8 @@ import torch
 from pipeline.config import RunConfig
 from pipeline.ledger import TOKENS_NAME
 from pipeline.planning.choosing import Choosing
-from pipeline.planning.work import Workload, likely_groups, shapes_of
+from pipeline.planning.left import shapes_left
+from pipeline.planning.work import Linears, Workload, likely_groups, shapes_of
 from pipeline.recipe import Recipe
 from pipeline.skeleton import Skeleton
 from pipeline.sources import WrittenByModel
@@ -77,9 +78,22 @@ class Scale:
         return self.block_numel * self.dtype.itemsize
 
     @property
+    def works(self) -> bool:
+        """Whether blocks are worked on; else they are copied as they are, and nothing is run for them."""
+        return bool(self.recipe.steps) or self.work.left is not None
+
+    @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """(out features, in features) of every linear, by its name."""
-        pairs = zip(self.names, self.work.groups, strict=True)
+        return self._named(self.work.groups)
+
+    @property
+    def shapes_left(self) -> dict[str, tuple[int, int]]:
+        """The same once neurons have been taken out of the block."""
+        return self._named(self.work.cut.groups)
+
+    def _named(self, groups: tuple[Linears, ...]) -> dict[str, tuple[int, int]]:
+        pairs = zip(self.names, groups, strict=True)
         return {name: shape for names, group in pairs for name, shape in zip(names, group, strict=True)}
 
     @property
@@ -97,6 +111,7 @@ def scale_of(config: RunConfig, skeleton: Skeleton) -> Scale:
     groups = likely_groups(block, config.prune.skip, model.hidden_size)
     work = Workload(
         groups=shapes_of(block, groups),
+        left=shapes_left(skeleton, groups),
         hidden=model.hidden_size,
         num_blocks=skeleton.num_blocks,
         num_sequences=calibration.sequences,

@@ -7,7 +7,7 @@ N sequences of T tokens run through a block; a *group* is the linears that share
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import nn
@@ -37,6 +37,12 @@ class Count:
     factor: float = 0.0
     """Operations of float32 factorisations."""
 
+    double: float = 0.0
+    """Operations of float64 products."""
+
+    double_factor: float = 0.0
+    """Operations of float64 factorisations."""
+
     columns: int = 0
     """Steps of SparseGPT from one column to the next."""
 
@@ -58,7 +64,7 @@ class Count:
     @property
     def flops(self) -> float:
         """All operations."""
-        return self.gemm + self.gram + self.factor
+        return self.gemm + self.gram + self.factor + self.double + self.double_factor
 
     def times(self, number: int) -> "Count":
         """Return the count of so many of it."""
@@ -76,6 +82,9 @@ class Workload:
     groups: tuple[Linears, ...]
     """A block's linears in the order they run."""
 
+    left: tuple[Linears, ...] | None = None
+    """The same once neurons have been taken out of the block; None where all stay."""
+
     hidden: int
     """Features of the hidden states."""
 
@@ -90,6 +99,11 @@ class Workload:
 
     stored_bytes: int = 2
     """Of a weight on disk."""
+
+    @property
+    def cut(self) -> "Workload":
+        """The same of blocks that have lost what they are to lose, as they are pruned further, run and written."""
+        return self if self.left is None else replace(self, groups=self.left, left=None)
 
     @property
     def num_weights(self) -> int:
@@ -173,6 +187,7 @@ def count_again(work: Workload, recipe: Recipe) -> Count:
     """Count how statistics are gathered anew, input by input, by runs that end where that input is reached."""
     if recipe.within_block == "joint" or not recipe.statistics:
         return Count()
+    work = work.cut
     flops = gram = 0.0
     for number, group in enumerate(work.groups[1:], start=1):
         before = sum(weights_of(earlier) for earlier in work.groups[:number]) + work.num_tokens * work.hidden
@@ -195,25 +210,27 @@ def count_collect(work: Workload, recipe: Recipe) -> Count:
         flops, traffic = work.forward_flops / work.num_sequences, Count(hidden_read=one)
     if recipe.needs_dense_stream:
         flops, traffic = flops + work.forward_flops, traffic + Count(hidden_read=boundary, hidden_written=boundary)
-    numel = gram_numel(work) if Gram in recipe.statistics else 0
-    numel += work.num_neurons**2 if Gram in recipe.neuron_statistics else 0
-    return Count(gemm=flops, gram=2.0 * work.all_tokens * numel) + traffic
+    gram = 2.0 * work.all_tokens * gram_numel(work) if Gram in recipe.statistics else 0.0
+    if recipe.narrowing is not None and Gram in recipe.neuron_statistics:
+        gram += 2.0 * recipe.narrowing.num_fitted(work.num_sequences) * work.num_tokens * work.num_neurons**2
+    return Count(gemm=flops, gram=gram) + traffic
 
 
 def count_commit(work: Workload, recipe: Recipe) -> Count:
-    """Count the writing of a block.
+    """Count the writing of a block, of what is left of it.
 
     Kept weights that no step has changed are read from the source once more, where blocks run in a narrower dtype, and
     so are blocks that no step prunes.
     """
-    size = work.num_weights * work.stored_bytes
     rewritten = any(step.rewrites or step.quantises for step in recipe.steps)
-    is_read = not recipe.steps or (not rewritten and work.dtype_bytes < work.stored_bytes)
-    return Count(weights_read=size if is_read else 0, weights_written=size)
+    is_copied = not recipe.steps and work.left is None
+    is_read = is_copied or (not rewritten and work.dtype_bytes < work.stored_bytes)
+    read = work.num_weights * work.stored_bytes if is_read else 0
+    return Count(weights_read=read, weights_written=work.cut.num_weights * work.stored_bytes)
 
 
 def count_propagate(work: Workload) -> Count:
-    """Count one run of the pruned block over all sequences."""
+    """Count one run of a block over all sequences; of a pruned one where `work` is of what is left."""
     return Count(gemm=work.forward_flops, hidden_read=work.boundary_bytes, hidden_written=work.boundary_bytes)
 
 

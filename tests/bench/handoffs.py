@@ -19,6 +19,7 @@ import torch
 
 from cluster.job import scheme_of
 from cluster.topology import Topology, partition
+from pipeline import run as whole
 from pipeline.activations import Boundary
 from pipeline.allocate import allocate
 from pipeline.config import RunConfig, parse_config
@@ -75,7 +76,7 @@ def perplexity_of(run: dict[str, Any], asked: argparse.Namespace) -> float:
 
 def run_in_stages(config: RunConfig, num_stages: int) -> float | None:
     """Prune with the dense handoff, a stage after the other; one stage is the exact run."""
-    with RunLock(config.output), open_source(config, Silent(), lambda: False) as source:
+    with RunLock(config.output), open_source(config, Silent(), lambda: False, whole.run) as source:
         stages = partition([1.0] * source.skeleton.num_blocks, num_stages)
         scheme = scheme_of(Topology(stages=stages, replicas=1, handoff="dense"))
         memory = unlimited()

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.errors import ConfigChanged, RunDirectoryError
 from pipeline.shape import Shape
-from pipeline.shape_record import ShapeRecord, is_settled
+from pipeline.shape_record import ShapeRecord, num_kept
 
 SETTINGS = {"step": "shortgpt", "blocks": 1}
 NONE: frozenset[int] = frozenset()
@@ -26,13 +26,13 @@ def test_every_measurement_is_durable_as_soon_as_it_is_made(tmp_path: Path) -> N
     again = ShapeRecord(tmp_path, SETTINGS)
     assert again.measure(NONE, never) == [third, 2.0]
     assert again.measure(frozenset({4, 11}), never) == [0.1]
-    assert not is_settled(tmp_path)
+    assert num_kept(tmp_path) is None
 
 
 def test_a_choice_is_kept_and_agrees_with_itself(tmp_path: Path) -> None:
     shape = Shape(kept=(0, 2))
     ShapeRecord(tmp_path, SETTINGS).settle(shape, [1])
-    assert is_settled(tmp_path)
+    assert num_kept(tmp_path) == 2
     ShapeRecord(tmp_path, SETTINGS).settle(shape, [1])
     with pytest.raises(RunDirectoryError, match=r"keeps the blocks \[0, 2\], and its own figures say \[0, 1\]: it was"):
         ShapeRecord(tmp_path, SETTINGS).settle(Shape(kept=(0, 1)), [2])
@@ -49,4 +49,4 @@ def test_what_no_run_has_written_is_refused(content: str, tmp_path: Path) -> Non
     (tmp_path / "shape.json").write_text(content)
     with pytest.raises(RunDirectoryError, match=r"shape\.json is not what a run has written .*; restore it, or remove"):
         ShapeRecord(tmp_path, SETTINGS)
-    assert not is_settled(tmp_path)
+    assert num_kept(tmp_path) is None

@@ -68,6 +68,10 @@ class ShapeStep(Step):
             )
         return num_to_drop(num_blocks, ratio, Fraction(1))
 
+    def nums_dropped(self, num_blocks: int, ratio: Fraction) -> list[int]:
+        """Return the numbers of blocks that may make it up, ascending; more than one where they are to be tried."""
+        return [self.num_dropped(num_blocks, ratio)]
+
 
 class ShortGpt(ShapeStep):
     """Removes the blocks of least influence: Men et al. (2403.03853)."""

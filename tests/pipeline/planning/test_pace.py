@@ -18,7 +18,7 @@ from tests.scales import LLAMA_70B, scale_70b
 
 INSTANT = Speeds(
     disk_read=math.inf, disk_write=math.inf, copy=math.inf, gemm=math.inf, gram=math.inf, factor=math.inf,
-    memory=math.inf, hash=math.inf, seconds_per_column=0.0,
+    double=math.inf, double_factor=math.inf, memory=math.inf, hash=math.inf, seconds_per_column=0.0,
 )  # fmt: skip
 BLOCK = 2 * LLAMA_70B.num_weights
 BOUNDARY = LLAMA_70B.boundary_bytes

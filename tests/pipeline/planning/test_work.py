@@ -15,9 +15,11 @@ from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.methods.step import Step
 from pipeline.methods.structured.narrowing import Comp, WandaSp
 from pipeline.methods.wanda import Wanda
-from pipeline.planning.methods_work import SELECTION_TRAFFIC, count_prune
+from pipeline.planning.methods_work import SELECTION_TRAFFIC, count_prune, count_recipe
 from pipeline.planning.work import (
     Count,
+    Pruning,
+    count_again,
     count_collect,
     count_commit,
     count_propagate,
@@ -28,7 +30,7 @@ from pipeline.planning.work import (
 )
 from pipeline.recipe import Recipe
 from pipeline.skeleton import Skeleton
-from tests.scales import LLAMA_70B, D, F
+from tests.scales import LLAMA_70B, NARROW_70B, D, F, K
 from tests.tiny import save_tiny
 
 
@@ -86,24 +88,51 @@ def test_neurons_take_one_gram_matrix_whatever_the_steps_after_them_take() -> No
     alone, then = Recipe(steps=(), shape=Comp()), Recipe(steps=(SparseGPT(),), shape=Comp())
     assert statistics_bytes(LLAMA_70B, alone) == 4 * F**2
     assert statistics_bytes(LLAMA_70B, then) == 4 * (3 * D**2 + 2 * F**2)
-    assert count_collect(LLAMA_70B, alone).gram == pytest.approx(2 * LLAMA_70B.all_tokens * F**2)
+    fitted = 7 / 8 * LLAMA_70B.all_tokens  # the others are held out
+    assert count_collect(LLAMA_70B, alone).gram == pytest.approx(2 * fitted * F**2)
     by_score = Recipe(steps=(), shape=WandaSp())
     assert statistics_bytes(LLAMA_70B, by_score) == 8 * F
     assert count_collect(LLAMA_70B, by_score).gemm == pytest.approx(LLAMA_70B.collect_flops)
 
 
 def test_a_cut_is_factorised_by_every_replica_and_judged_on_the_sequences_held_out() -> None:
-    assert then_of(Comp()) == (Comp(), SparseGPT())
-    none, mask = (count_prune(LLAMA_70B, Comp.model_validate({"recovery": name})) for name in ("none", "mask"))
-    assert none.repeated.factor == pytest.approx(4 / 3 * F**3)
-    assert mask.repeated.factor == pytest.approx((4 + 5) / 3 * F**3)
+    names = ("none", "mask", "lstsq", "bias")
+    none, mask, lstsq, bias = (count_prune(NARROW_70B, Comp.model_validate({"recovery": name})) for name in names)
+    assert none.repeated.double_factor == bias.repeated.double_factor == pytest.approx(4 / 3 * F**3)
+    assert none.repeated.double == pytest.approx(2 * D * F**2 + 2 * F**2 * (F - K))
+    for mended in (mask, lstsq):  # one for each of four dampings
+        assert mended.repeated.double_factor == pytest.approx(4 / 3 * F**3 + 4 * K**3 / 3)
+    assert mask.repeated.double - none.repeated.double == pytest.approx(4 * 2 * D * (F**2 + K**2))
+    assert lstsq.repeated.double - none.repeated.double == pytest.approx(4 * 2 * D * K * F)
     assert none.shared == Count()
-    assert mask.shared.gemm == pytest.approx(6 / 8 * LLAMA_70B.forward_flops)
+    assert mask.shared.gemm == pytest.approx(6 / 8 * LLAMA_70B.forward_flops)  # five masks, and none
+    assert bias.shared.gemm == pytest.approx(2 / 8 * LLAMA_70B.forward_flops)
+    assert count_prune(NARROW_70B, WandaSp()) == count_prune(LLAMA_70B, Comp()) == Pruning()
 
 
-def then_of(comp: Comp) -> tuple[Step, ...]:
-    """What works on a block, in turn."""
-    return Recipe(steps=(SparseGPT(),), shape=comp).at_work
+def test_what_comes_after_a_cut_is_counted_at_the_width_that_is_left() -> None:
+    kept = sum(rows * columns for group in NARROW_70B.cut.groups for rows, columns in group)
+    assert LLAMA_70B.num_weights - kept == 3 * D * (F - K)
+    assert (LLAMA_70B.cut, NARROW_70B.cut.cut) == (LLAMA_70B, NARROW_70B.cut)
+    comp, sparsegpt = Comp(), SparseGPT()
+    then = Recipe(steps=(sparsegpt,), shape=comp)
+    assert count_read(NARROW_70B) == count_read(LLAMA_70B)
+    assert count_collect(NARROW_70B, then) == count_collect(LLAMA_70B, then)
+    assert count_propagate(NARROW_70B.cut).gemm == pytest.approx(
+        LLAMA_70B.forward_flops - 2 * LLAMA_70B.all_tokens * 3 * D * (F - K)
+    )
+    assert count_commit(NARROW_70B, then).weights_written == 2 * kept
+    assert count_recipe(NARROW_70B, then) == [count_prune(NARROW_70B, comp), count_prune(NARROW_70B.cut, sparsegpt)]
+    assert count_recipe(NARROW_70B, then)[1].pieces[-1].factor == pytest.approx(4 / 3 * K**3)
+    anew = replace(then, within_block="sequential")
+    assert count_again(NARROW_70B, anew).gram == pytest.approx(2 * LLAMA_70B.all_tokens * (2 * D**2 + K**2))
+
+
+def test_what_a_cut_leaves_is_read_again_as_other_weights_are_and_blocks_that_stay_whole_are_copied() -> None:
+    alone, whole = Recipe(steps=(), shape=Comp()), count_read(LLAMA_70B).weights_read
+    assert count_commit(NARROW_70B, alone).weights_read == 0
+    assert count_commit(replace(NARROW_70B, stored_bytes=4), alone).weights_read == 2 * whole
+    assert count_commit(LLAMA_70B, alone).weights_read == whole
 
 
 def test_sparsegpt_is_pieces_of_which_the_widest_input_is_the_largest() -> None:
