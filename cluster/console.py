@@ -20,6 +20,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.block_widths import width_in_words
 from pipeline.human import human_bytes, human_seconds
 from pipeline.meter import peak_host_bytes
 from pipeline.planning.plan import Plan
@@ -178,7 +179,7 @@ def _smaller_rows(report: Report) -> list[tuple[str, str]]:
 
 def _neurons_row(smaller: Smaller) -> list[tuple[str, str]]:
     width, neurons = smaller.blocks.get("width"), smaller.blocks.get("neurons")
-    return [] if width is None else [("neurons", f"{width} of {neurons} are left in every block")]
+    return [] if width is None else [("neurons", f"{width_in_words(width)} of {neurons} are left in every block")]
 
 
 def _sparsity_row(report: Report) -> list[tuple[str, str]]:
@@ -263,7 +264,8 @@ def show_plan(console: Console, plan: Plan) -> None:
         ("output", human_bytes(plan.output_bytes)),
     ]
     if plan.part_gone:
-        each = f" of {plan.width:,} neurons" if plan.width else ""
+        about = "about " if plan.widths_differ else ""
+        each = f" of {about}{plan.width:,} neurons" if plan.width else ""
         facts.append(("left", f"{plan.num_blocks} blocks{each}; {plan.part_gone:.2%} of all blocks' parameters go"))
     if plan.num_trials:
         tried = f"{plan.num_trials} splits of that between whole blocks and neurons first, by a run each"

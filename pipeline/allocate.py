@@ -3,7 +3,7 @@
 What is found is recorded before the first block is pruned, and every session of the run goes by the record.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from pydantic import TypeAdapter
 
@@ -15,6 +15,7 @@ from pipeline.order import check_divides, linears_to_prune
 from pipeline.outliers import OutlierCounter
 from pipeline.sparsity import Sparsity, parse_sparsity
 from pipeline.survey import survey
+from pipeline.width import weights_gone
 
 ALLOCATION = "allocation"
 """The ledger's note of it."""
@@ -58,10 +59,12 @@ def _allocate_by_outliers(job: Job, owl: OwlConfig) -> AllocationNote:
         memory=job.memory, progress=job.progress, between_blocks=job.stop_if_asked,
     )  # fmt: skip
     empty_cache(skeleton.device)  # workers may be about to use it
+    gone = weights_gone(skeleton)
+    found = [replace(block, num_gone=gone[index]) for index, block in enumerate(counter.found)]
     return AllocationNote(
-        sparsity=by_outliers(prune.target, counter.found, owl.spread).as_data(skeleton.num_blocks),
-        outlier_percentage=[float(block.percentage) for block in counter.found],
-        held_at_bounds=held_at_bounds(prune.target, counter.found, owl.spread),
+        sparsity=by_outliers(prune.target, found, owl.spread).as_data(skeleton.num_blocks),
+        outlier_percentage=[float(block.percentage) for block in found],
+        held_at_bounds=held_at_bounds(prune.target, found, owl.spread),
     )
 
 

@@ -31,6 +31,14 @@ class Outliers:
     num_weights: int
     """Prunable weights."""
 
+    num_gone: int = 0
+    """Of these, weights that are taken out of the block before others are masked."""
+
+    @property
+    def size(self) -> int:
+        """Weights that the block's sparsity is of."""
+        return self.num_weights - self.num_gone
+
     @property
     def percentage(self) -> Fraction:
         """D_b: how many of a hundred weights are outliers."""
@@ -70,7 +78,7 @@ def by_outliers(target: Sparsity, found: Sequence[Outliers], spread: float) -> A
     """
     if _is_uniform(target, found):
         return Allocation(target=target)
-    exact, sizes = exact_sparsities(target, found, spread), [block.num_weights for block in found]
+    exact, sizes = exact_sparsities(target, found, spread), [block.size for block in found]
     chosen: list[Sparsity]
     if isinstance(target, SemiStructured):
         kept = rounded([target.group * (1 - sparsity) for sparsity in exact], sizes)
@@ -94,7 +102,7 @@ def exact_sparsities(target: Sparsity, found: Sequence[Outliers], spread: float)
     percentages = [block.percentage for block in found]
     least, most = min(percentages), max(percentages)
     spared = [2 * Fraction(repr(spread)) * (percentage - least) / (most - least) for percentage in percentages]
-    sizes = [block.num_weights for block in found]
+    sizes = [block.size for block in found]
     return centred([-part for part in spared], sizes, target.fraction, *bounds_of(target))
 
 

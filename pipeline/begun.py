@@ -31,8 +31,7 @@ class Begun:
         """Find what is to be pruned of a block; raises ConfigError where it cannot be pruned as is asked."""
         masks, everything = bool(order.recipe.steps), find_linears(block) if cutting else []
         linears = linears_to_prune(block, order.skip) if masks else everything
-        left = {} if cutting is None else {cutting.mlp.reader: cutting.width}
-        check_divides(linears, block, order.allocation.of(index), left)
+        check_divides(linears, block, order.allocation.of(index), {} if cutting is None else cutting.columns_left)
         return cls(
             index=index, block=block, linears=linears, collector=Collector(linears, order.recipe.statistics),
             cutting=cutting, neurons=Collector([], ()) if cutting is None else cutting.collector(block), watch=watch,

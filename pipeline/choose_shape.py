@@ -1,4 +1,4 @@
-"""Which blocks a run drops: chosen once, before the first is pruned, and recorded in its run directory.
+"""Which blocks a run drops, and how wide the others stay: chosen once, before the first is pruned, and recorded.
 
 The model is looked at as it is calibrated: surveyed for how much each block turns the hidden states, or evaluated on
 the calibration tokens without each of its blocks.
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from pydantic import JsonValue
 
+from pipeline.block_widths import width_in_words
 from pipeline.config import RunConfig
 from pipeline.devices import empty_cache
 from pipeline.errors import RunStopped
@@ -63,11 +64,12 @@ class Chosen:
 
     def as_data(self) -> dict[str, JsonValue]:
         """Return plain data, as reports have it."""
+        told = self.shape.as_data()
         return {
             "of": self.num_blocks,
             "dropped": list(self.order),
-            "kept": list(self.shape.kept),
-            **({} if self.num_neurons is None else {"width": self.shape.width, "neurons": self.num_neurons}),
+            "kept": told["kept"],
+            **({} if self.num_neurons is None else {"width": told["width"], "neurons": self.num_neurons}),
             **({"mlp_bias": True} if self.shape.mlp_bias else {}),
             **({} if self.tried is None else {"tried": self.tried.as_data()}),
             "importance": {str(block): value for block, value in self.importance.items()},
@@ -109,6 +111,8 @@ def choose_shape(
     search = _Search(config, dense, tokens_NT, step, num_dropped, record, progress, stop_asked)
     order = search.order()
     kept = tuple(block for block in range(dense.num_blocks) if block not in order)
+    if step.widths_differ and width is not None:
+        width = width_left(step, dense, num_dropped, ratio, search.importance_of(kept))
     shape = Shape(kept=kept, width=width, mlp_bias=mlp_bias)
     record.settle(shape, order)
     if order:
@@ -116,7 +120,8 @@ def choose_shape(
             f"{step.method}: {num_dropped} of {dense.num_blocks} blocks go, in this order: {', '.join(map(str, order))}"
         )
     if width is not None:
-        progress.say(f"{step.method}: every block keeps {width:,} of its {num_neurons(dense):,} neurons")
+        each = f"{width_in_words(width)} of its {num_neurons(dense):,} neurons"
+        progress.say(f"{step.method}: every block keeps {each}")
     return Chosen(
         shape=shape, num_blocks=dense.num_blocks, order=tuple(order), importance=search.importance(),
         numel=dense.checkpoint.numel(), num_bytes=dense.checkpoint.total_bytes(),
@@ -162,6 +167,11 @@ class _Search:
             singly = {name: figures for name, figures in self._record.measured.items() if name.isdigit()}
             return {int(name): figures[0] for name, figures in sorted(singly.items(), key=lambda item: int(item[0]))}
         return dict(enumerate(self._record.measured.get("", [])))
+
+    def importance_of(self, kept: Sequence[int]) -> list[float]:
+        """Return how much each of the blocks that stay turns the hidden states of the dense model."""
+        found = self._record.measure(frozenset(), lambda: self._surveyed(frozenset()))
+        return [found[block] for block in kept]
 
     def _importance(self, gone: Dropped) -> list[float]:
         """Return the importance of every block of the dense model; of those that are gone it is 0."""

@@ -3,12 +3,14 @@
 What is left is rounded to the dtype it is stored in before anything else sees it: later steps prune what is written.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from pipeline.anatomy import Cut, Mlp, kept_as_text, mlp_of
+from pipeline.block_widths import Width, each_width, width_at
 from pipeline.errors import ConfigError
 from pipeline.linears import Collector, find_linears
 from pipeline.methods.step import Report
@@ -26,8 +28,8 @@ class Cutting:
     skeleton: Skeleton
     step: Narrowing
     mlp: Mlp
-    width: int
-    """Neurons that are to be left."""
+    width: Width
+    """Neurons that are to be left in every block, or in each."""
 
     num_fitted: int
     """Sequences at hand, from the first on, that are learnt from."""
@@ -47,6 +49,11 @@ class Cutting:
             )
         return cls(skeleton=skeleton, step=step, mlp=mlp, width=order.width, num_fitted=step.num_fitted(num_sequences))
 
+    @property
+    def columns_left(self) -> dict[str, Sequence[int]]:
+        """Input features that are left of a linear: in any block, so that what does not divide shows in the first."""
+        return {self.mlp.reader: sorted(set(each_width(self.width, 1)))}
+
     def collector(self, block: nn.Module) -> Collector:
         """Return what gathers statistics of a block's neurons."""
         readers = [linear for linear in find_linears(block) if linear.name == self.mlp.reader]
@@ -63,8 +70,9 @@ class Cutting:
         collector.check_finite()
         reader = self.mlp.reader
         neurons = Neurons(
-            reader=reader, num_kept=self.width, gathered=collector.gathered(reader), num_fitted=self.num_fitted
-        )
+            reader=reader, num_kept=width_at(self.width, index), gathered=collector.gathered(reader),
+            num_fitted=self.num_fitted,
+        )  # fmt: skip
         made = self.step.cut(bench, neurons, report)
         bench.let_go()
         cut = self._put(index, made)
@@ -82,7 +90,7 @@ class Cutting:
         skeleton, keep_U = self.skeleton, made.keep_U.cpu()
         before = self._numel(index)
         cut = Cut(mlp=self.mlp, keep_U=keep_U, folded_OK=self._as_stored(index, made.folded_OK))
-        dense = skeleton.reshape_block(index, self.width)
+        dense = skeleton.reshape_block(index, width_at(self.width, index))
         for own in skeleton.block_names(index):
             tensor = dense.state_dict()[own]
             skeleton.put(index, own, cut.left(own, tensor))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from pipeline.allocation import Allocation
+from pipeline.block_widths import Width
 from pipeline.errors import ConfigError
 from pipeline.linears import Linear, find_linears
 from pipeline.recipe import Recipe
@@ -20,8 +21,8 @@ class Order:
     allocation: Allocation
     skip: tuple[str, ...] = ()
     batch: int = 4
-    width: int | None = None
-    """Neurons that are to be left in every block; None where all stay."""
+    width: Width | None = None
+    """Neurons that are to be left in every block, or in each; None where all stay."""
 
 
 def linears_to_prune(block: nn.Module, skip: tuple[str, ...]) -> list[Linear]:
@@ -37,16 +38,17 @@ def linears_to_prune(block: nn.Module, skip: tuple[str, ...]) -> list[Linear]:
 
 
 def check_divides(
-    linears: Sequence[Linear], block: nn.Module, sparsity: Sparsity, left: Mapping[str, int] | None = None
+    linears: Sequence[Linear], block: nn.Module, sparsity: Sparsity, left: Mapping[str, Sequence[int]] | None = None
 ) -> None:
     """Raise ConfigError when an N:M group does not divide a linear's rows.
 
-    left: input features that are left of some linears before they are pruned, by their names.
+    left: input features that are left of some linears in one block or another, before they are pruned, by their names.
     """
     for linear in linears:
-        num_columns = (left or {}).get(linear.name, linear.weight(block).shape[1])
-        if isinstance(sparsity, SemiStructured) and not divides(sparsity, num_columns):
-            raise ConfigError(
-                f"{linear.name} has {num_columns} input features, not a multiple of the group of {sparsity.group} "
-                f"in {sparsity}; add it to prune.skip, or use another pattern or an unstructured sparsity"
-            )
+        for num_columns in (left or {}).get(linear.name, linear.weight(block).shape[1:]):
+            if isinstance(sparsity, SemiStructured) and not divides(sparsity, num_columns):
+                raise ConfigError(
+                    f"{linear.name} has {num_columns} input features, not a multiple of the group of "
+                    f"{sparsity.group} in {sparsity}; add it to prune.skip, or use another pattern or an unstructured "
+                    "sparsity"
+                )

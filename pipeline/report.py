@@ -6,12 +6,19 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from pipeline.block_widths import width_in_words
 from pipeline.ledger import Ledger
 from pipeline.memory import Traffic
 from pipeline.meter import PeakMeter
 from pipeline.records import Commit
 
 REPORT = "report.json"
+
+HOW_TO_LOAD = (
+    "Its blocks have widths of their own (per_layer_config in config.json), which transformers and other runtimes do "
+    "not build: they refuse the model. Load it with secateur: `from pipeline.uneven import load; model = "
+    'load("DIRECTORY")`; `secateur evaluate` and further runs open it as any other.'
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,16 +160,16 @@ def told_of_trials(tried: Mapping[str, JsonValue], num_dropped: int) -> str:
 
 def _of_smaller(smaller: Smaller) -> list[str]:
     width, neurons = smaller.blocks.get("width"), smaller.blocks.get("neurons")
-    each = "" if width is None else f", with {width} of {neurons} neurons each"
+    each = "" if width is None else f", with {width_in_words(width)} of {neurons} neurons each"
     what = "blocks" if width is None else "parameters"
+    takes = f"takes less memory and time on any hardware, about in proportion to its {what}."
+    left = f"The model is really smaller: {smaller.num_blocks} of {smaller.blocks['of']} blocks are left{each}."
     dropped, tried = smaller.blocks["dropped"], smaller.blocks.get("tried")
     assert isinstance(dropped, list)
     trials = [told_of_trials(tried, len(dropped))] if isinstance(tried, dict) else []
-    return [
-        f"The model is really smaller: {smaller.num_blocks} of {smaller.blocks['of']} blocks are left{each}. It loads "
-        f"in stock transformers, and takes less memory and time on any hardware, about in proportion to its {what}.",
-        *trials,
-    ]
+    if isinstance(width, list):
+        return [f"{left} It {takes}", HOW_TO_LOAD, *trials]
+    return [f"{left} It loads in stock transformers, and {takes}", *trials]
 
 
 def _of_zeros(sparsity: str) -> list[str]:

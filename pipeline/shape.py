@@ -11,6 +11,7 @@ from pydantic import JsonValue, TypeAdapter
 from transformers import PretrainedConfig
 
 from pipeline.anatomy import BIAS_KEY, WIDTH_KEY
+from pipeline.block_widths import BY_BLOCK_KEY, Width, settings_by_block
 from pipeline.errors import UnsupportedCheckpoint
 
 BY_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers")
@@ -26,8 +27,8 @@ class Shape:
     kept: tuple[int, ...]
     """Blocks that stay, by their numbers in the dense model, ascending."""
 
-    width: int | None = None
-    """Neurons of every FFN, or None where they are those of the dense model."""
+    width: Width | None = None
+    """Neurons of every FFN, or of each block that stays, or None where they are those of the dense model."""
 
     mlp_bias: bool = False
     """Whether the linears of every FFN have biases that they have not in the dense model."""
@@ -43,7 +44,8 @@ class Shape:
 
     def as_data(self) -> dict[str, JsonValue]:
         """Return plain data."""
-        return {"kept": list(self.kept), "width": self.width, **({"mlp_bias": True} if self.mlp_bias else {})}
+        width: JsonValue = list(self.width) if isinstance(self.width, tuple) else self.width
+        return {"kept": list(self.kept), "width": width, **({"mlp_bias": True} if self.mlp_bias else {})}
 
 
 def without_last(num_blocks: int, num_dropped: int) -> Shape:
@@ -60,7 +62,9 @@ def edited_settings(config: PretrainedConfig, written: Mapping[str, JsonValue], 
     known = config.to_dict()
     name = config.attribute_map.get(_NUM_BLOCKS, _NUM_BLOCKS)
     settings = {key: value for key, value in written.items() if key != _NUM_BLOCKS} | {name: len(shape.kept)}
-    if shape.width is not None:
+    if isinstance(shape.width, tuple):
+        settings[BY_BLOCK_KEY] = settings_by_block(shape.width)
+    elif shape.width is not None:
         settings[WIDTH_KEY] = shape.width
     if shape.mlp_bias:
         settings[BIAS_KEY] = True

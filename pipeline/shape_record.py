@@ -74,8 +74,8 @@ class ShapeRecord:
         chosen: dict[str, JsonValue] = {"order": list(order), **shape.as_data()}
         if self._chosen and canonical(self._chosen) != canonical(chosen):
             raise RunDirectoryError(
-                f"{self.path} keeps the blocks {self._chosen.get('kept')}, and its own figures say "
-                f"{list(shape.kept)}: it was changed; restore it, or start again in a new output directory"
+                f"{self.path} keeps the blocks {_told(self._chosen)}, and its own figures say {_told(chosen)}: it was "
+                "changed; restore it, or start again in a new output directory"
             )
         if not self._chosen:
             self._chosen = chosen
@@ -107,3 +107,8 @@ class ShapeRecord:
 
 def _name(gone: frozenset[int]) -> str:
     return " ".join(map(str, sorted(gone)))
+
+
+def _told(chosen: Mapping[str, JsonValue]) -> str:
+    width = chosen.get("width")
+    return str(chosen.get("kept")) + ("" if width is None else f" with {width} neurons")

@@ -19,6 +19,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pipeline.anatomy import WIDTH_KEY
+from pipeline.block_widths import take_widths
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError, NumericsError, UnsupportedCheckpoint
 from pipeline.heap import give_back_freed_memory
@@ -46,8 +47,15 @@ class Skeleton:
         self.dtype = dtype
         self._dropped_bytes = 0
         self._dense_blocks: dict[int, nn.Module] = {}
-        self.model = build_empty(checkpoint.model_config(), dtype, str(checkpoint.directory))
+        config = checkpoint.model_config()
+        self.widths = take_widths(config)
+        """Neurons of each block, where they differ; the model's config is then one of blocks alike."""
+
+        self.model = build_empty(config, dtype, str(checkpoint.directory))
         self.block_prefix, self.blocks = find_blocks(self.model)
+        for index, width in enumerate(self.widths or ()):
+            self.reshape_block(index, width)
+        self._dense_blocks.clear()  # this is how they are stored
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(device)

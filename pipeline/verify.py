@@ -15,6 +15,7 @@ import torch
 
 from pipeline.allocation import STEPS
 from pipeline.assemble import OUTSIDE
+from pipeline.block_widths import Width, each_width, width_at
 from pipeline.checkpoint import INDEX_NAME, Checkpoint
 from pipeline.errors import VerificationError
 from pipeline.ledger import Ledger
@@ -112,11 +113,22 @@ def _smaller(ledger: Ledger, dense: Skeleton, left: Skeleton, output: Checkpoint
         yield f"{gone} of {dense.num_blocks} blocks are gone, and {' or '.join(map(str, wanted))} were to go"
     if left is not dense and output.settings() != left.checkpoint.settings():
         yield "config.json is not the source's with the blocks taken out that are gone, and its neurons"
-    asked = None if recipe.shape is None else width_left(recipe.shape, dense, gone, recipe.part_removed(target))
+    if recipe.shape is not None:
+        asked = width_left(recipe.shape, dense, gone, recipe.part_removed(target))
+        chosen = Shape.from_data(ledger.header.config["shape"]).width
+        yield from _widths(ledger, asked, chosen if recipe.shape.widths_differ else asked, left.num_blocks)
+
+
+def _widths(ledger: Ledger, asked: Width | None, chosen: Width | None, num_blocks: int) -> Iterator[str]:
+    """Hold the neurons of each block against what was chosen for it, and what was chosen against what was asked."""
+    wanted, stated = (sum(each_width(width or 0, num_blocks)) for width in (asked, chosen))
+    if stated != wanted:
+        yield f"all blocks were to keep {stated:,} neurons together, and {wanted:,} were asked for"
     for index, commit in ledger.commits.items():
-        width = None if commit.cut is None else commit.cut.width
-        if width != asked:
-            yield f"block {index} keeps {width or 'all'} neurons, and {asked or 'all'} were to stay"
+        found = None if commit.cut is None else commit.cut.width
+        expected = None if chosen is None else width_at(chosen, index)
+        if found != expected:
+            yield f"block {index} keeps {found or 'all'} neurons, and {expected or 'all'} were to stay"
 
 
 def _asked(ledger: Ledger) -> tuple[Recipe, Sparsity, bool]:

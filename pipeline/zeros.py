@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from pipeline.anatomy import mlp_of
+from pipeline.block_widths import Width
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import ConfigError
 from pipeline.header import TensorEntry
@@ -72,7 +73,7 @@ class WithZeros(Checkpoint):
         return self._source.fingerprint()
 
 
-def adds_biases(step: ShapeStep, dense: Skeleton, width: int | None) -> bool:
+def adds_biases(step: ShapeStep, dense: Skeleton, width: Width | None) -> bool:
     """Tell whether what neurons gave on average is to go into biases that the blocks do not have yet.
 
     width: neurons that every block is to keep, or None where all stay. Raises ConfigError for families that cannot

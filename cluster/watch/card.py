@@ -57,7 +57,7 @@ def write_card(found: Found, recipe: Mapping[str, Any], results: Mapping[str, An
     metadata: dict[str, Any] = {
         **({"license": found.facts["licence"]} if found.facts.get("licence") else {}),
         **({"base_model": found.name, "base_model_relation": "finetune"} if on_hub else {}),
-        "library_name": "transformers",
+        "library_name": "secateur" if _loads_with_us_alone(results["report"]["smaller"]) else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["pruned", "sparse", "secateur"],
     }
@@ -76,6 +76,11 @@ def write_card(found: Found, recipe: Mapping[str, Any], results: Mapping[str, An
         report=results["report"],
         checks=results["checks"],
     )
+
+
+def _loads_with_us_alone(smaller: Mapping[str, Any] | None) -> bool:
+    """Tell whether a model has blocks of different widths, by its report."""
+    return smaller is not None and isinstance(smaller["blocks"].get("width"), list)
 
 
 def _removed(report: Mapping[str, Any]) -> str:

@@ -1,11 +1,16 @@
 """Tasks of lm-eval on a model directory; the one file that knows how that library is called."""
 
 import math
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from cluster.watch.gate_config import TasksConfig
+from pipeline.block_widths import widths_written
+from pipeline.checkpoint import Checkpoint
 from pipeline.devices import choose_device
 from pipeline.errors import ConfigError, NumericsError
+from pipeline.uneven import load
 
 
 def evaluate_tasks(model: Path, config: TasksConfig, device: str) -> dict[str, float]:
@@ -24,7 +29,7 @@ def evaluate_tasks(model: Path, config: TasksConfig, device: str) -> dict[str, f
         raise ConfigError(f"gate.lm_eval.tasks: lm-eval knows no {', '.join(missing)}; see `directory` for your own")
     found = simple_evaluate(
         model="hf",
-        model_args={"pretrained": str(model), "trust_remote_code": False},
+        model_args=_model_args(model, device),
         tasks=list(config.tasks),
         task_manager=manager,
         batch_size=config.batch,
@@ -34,6 +39,14 @@ def evaluate_tasks(model: Path, config: TasksConfig, device: str) -> dict[str, f
         log_samples=False,
     )
     return {name: value_of(found["results"][name], name, task.metric) for name, task in config.tasks.items()}
+
+
+def _model_args(model: Path, device: str) -> dict[str, Any]:
+    """Return what lm-eval is to load; where it cannot, for blocks have widths of their own, what we have loaded."""
+    with closing(Checkpoint.open(model)) as checkpoint:
+        if widths_written(checkpoint.settings()) is None:
+            return {"pretrained": str(model), "trust_remote_code": False}
+    return {"pretrained": load(model, device=choose_device(device)), "tokenizer": str(model)}
 
 
 def value_of(results: dict[str, object], task: str, metric: str) -> float:

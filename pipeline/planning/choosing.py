@@ -1,4 +1,4 @@
-"""What choosing the blocks that go takes: how often how much of the model is run over the calibration sequences."""
+"""What choosing a shape takes: how often how much of the model is run over the calibration sequences."""
 
 from dataclasses import dataclass, replace
 
@@ -29,17 +29,24 @@ class Choosing:
     evaluates: bool
     """Whether each is run to the end, for its loss, or surveyed."""
 
+    surveys: bool = False
+    """Whether the dense model is surveyed beside, for the widths of its blocks; that is counted above too."""
+
 
 def choosing_of(step: ShapeStep, num_blocks: int, num_dropped: int) -> Choosing:
     """Return what a step runs of a dense model of so many blocks."""
-    if step.depth == "one_shot":
+    if step.depth == "one_shot" or not num_dropped:
         return Choosing(models=1, embedded=1, blocks=num_blocks, evaluates=False)
     left = [num_blocks - gone for gone in range(num_dropped)]
     if step.depth == "rescored":
         return Choosing(models=num_dropped, embedded=num_dropped, blocks=sum(left), evaluates=False)
     # All but the first and the last are candidates: for each all blocks after it are run, and once those before them.
     run = [(blocks - 2) * (blocks - 1) // 2 + blocks - 2 for blocks in left]
-    return Choosing(models=sum(blocks - 2 for blocks in left), embedded=num_dropped, blocks=sum(run), evaluates=True)
+    surveys = step.widths_differ
+    return Choosing(
+        models=sum(blocks - 2 for blocks in left), embedded=num_dropped + surveys,
+        blocks=sum(run) + surveys * num_blocks, evaluates=True, surveys=surveys,
+    )  # fmt: skip
 
 
 def planned_shape(config: RunConfig, dense: Skeleton) -> tuple[Skeleton, Choosing | None]:
@@ -57,7 +64,7 @@ def planned_shape(config: RunConfig, dense: Skeleton) -> tuple[Skeleton, Choosin
     gone = dense.num_blocks - (kept or 0)
     num_dropped = gone if gone in splits else splits[0]
     width = width_left(step, dense, num_dropped, ratio)
-    settled = kept is not None or not num_dropped
+    settled = kept is not None or not (num_dropped or (step.widths_differ and width is not None))
     choosing = None if settled else choosing_of(step, dense.num_blocks, num_dropped)
     shape = replace(without_last(dense.num_blocks, num_dropped), width=width, mlp_bias=adds_biases(step, dense, width))
     return narrowed(dense, shape), choosing

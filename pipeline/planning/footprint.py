@@ -79,7 +79,7 @@ def footprint(scale: Scale, choice: Choice, baseline: int) -> tuple[Phase, ...]:
         third = _ahead(scale, choice) if choice.ahead > 1 else ()
         phases["fused"] = (*_fused(scale), *third, *throughout)
         del phases["propagate"]
-    if scale.surveys or (scale.choosing is not None and not scale.choosing.evaluates):
+    if scale.surveys or (scale.choosing is not None and (scale.choosing.surveys or not scale.choosing.evaluates)):
         phases["survey"] = (*_survey(scale), *_ahead(scale, choice), *_reading(scale), *_hidden(scale, choice, 1))
     if scale.choosing is not None and scale.choosing.evaluates:
         entering_too = 2  # boundaries: what enters the block that a model is without is kept for the next trial

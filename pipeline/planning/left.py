@@ -6,15 +6,16 @@ from pipeline.anatomy import mlp_of
 from pipeline.linears import Linear
 from pipeline.planning.work import Linears, shapes_of
 from pipeline.skeleton import Skeleton
-from pipeline.width import width_of
+from pipeline.width import mean_width
 
 
 def shapes_left(skeleton: Skeleton, groups: Sequence[Sequence[Linear]]) -> tuple[Linears, ...] | None:
     """Return (out features, in features) of every linear, by group, as blocks will be written; None where all stay.
 
-    groups: of the linears of a block of the skeleton, whose config.json says how wide blocks become.
+    groups: of the linears of a block of the skeleton, whose config.json says how wide blocks become; where they differ,
+    it is a block of the mean width.
     """
-    width = width_of(skeleton)
+    width = mean_width(skeleton)
     if width is None:
         return None
     mlp = mlp_of(skeleton.model.config)

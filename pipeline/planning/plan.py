@@ -33,7 +33,7 @@ from pipeline.planning.runs import forward_passes, outside_bytes, planned_scale,
 from pipeline.planning.scale import scale_of
 from pipeline.planning.work import weights_of
 from pipeline.skeleton import Skeleton
-from pipeline.width import bytes_left, part_gone, width_of
+from pipeline.width import bytes_left, mean_width, part_gone
 
 LATER_BYTES = 50 << 20
 """Resident once a run is under way and not yet where it is planned: the tokenizer, libraries loaded when needed."""
@@ -115,7 +115,10 @@ class Plan:
     run that follows, with as many blocks as may be."""
 
     width: int | None
-    """Neurons that are left in every block, where some of them go."""
+    """Neurons that are left in every block, where some of them go; the mean, where widths differ."""
+
+    widths_differ: bool
+    """Whether each block gets a width of its own, which is not known yet."""
 
     @property
     def fit(self) -> Fit:
@@ -138,6 +141,7 @@ def make_plan(config: RunConfig, directory: Path, speeds: Speeds | None, baselin
         dtype = choose_dtype(config.compute.dtype, device, checkpoint.matrix_dtype())
         dense = Skeleton(checkpoint, device, dtype)
         skeleton, scale = planned_scale(config, dense)
+        shape = config.prune.steps.shape
         held = psutil.Process().memory_info().rss + LATER_BYTES if baseline is None else baseline
         room = room_for(config, device, held)
         choice = choose(scale, room, config.memory.activations)
@@ -157,7 +161,8 @@ def make_plan(config: RunConfig, directory: Path, speeds: Speeds | None, baselin
             limits={place: limit.num_bytes for place, limit in room.limits.items()},
             output_bytes=bytes_left(skeleton),
             part_gone=part_gone(dense, skeleton),
-            width=width_of(skeleton),
+            width=mean_width(skeleton),
+            widths_differ=shape is not None and shape.widths_differ,
             working_sets=working_sets(phases),
             forward_passes=forward_passes(scale) + scale.surveys + (trials.forward_passes if trials else 0.0),
             num_trials=trials.num_runs if trials else 0,

@@ -79,7 +79,8 @@ def outcome(run_directory: Path) -> dict[str, Any]:
 
 def committed(run_directory: Path, num_blocks: int) -> Callable[[], bool]:
     """A question that turns true, and asks for a stop, once so many blocks are committed."""
-    return lambda: len(Ledger.read(run_directory).commits) >= num_blocks
+    ledger = run_directory / "ledger.jsonl"  # which there is not yet while a shape is chosen
+    return lambda: ledger.exists() and len(Ledger.read(run_directory).commits) >= num_blocks
 
 
 def tensors_in(directory: Path) -> dict[str, torch.Tensor]:

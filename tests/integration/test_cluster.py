@@ -33,7 +33,10 @@ pytestmark = pytest.mark.usefixtures("warm_ray")
 WANDA: RecipeEntries = ["wanda"]
 BOTH: RecipeEntries = ["besa", "sparsegpt"]
 TUNED: RecipeEntries = ["wanda", {"reconstruct": {"epochs": 1, "norms": True}}]
-NARROW: RecipeEntries = [{"comp": {"ratio": 0.3, "depth_fraction": 0.6, "multiple": 8}}, "wanda"]
+NARROW: RecipeEntries = [
+    {"comp": {"ratio": 0.3, "depth_fraction": 0.6, "multiple": 8, "widths": "per_block", "spread": 0.6}},
+    "wanda",
+]
 BIASED: RecipeEntries = [{"flap": {"ratio": 0.3, "multiple": 8}}, "wanda"]
 REBUILT: RecipeEntries = [BESA_DENSE, "sparsegpt"]
 """Both streams must be made again after a stop, and kept weights are new ones, rounded to what is stored."""

@@ -2,23 +2,18 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GemmaConfig, GraniteConfig, LlamaConfig, Olmo2Config
 
-from pipeline.anatomy import MLPS, kept_from_text, mlp_of
-from pipeline.checkpoint import Checkpoint
+from pipeline.anatomy import MLPS, kept_from_text
 from pipeline.errors import ConfigError, VerificationError
 from pipeline.ledger import Ledger
-from pipeline.skeleton import Skeleton
-from pipeline.stream import Stream
 from pipeline.verify import verify
-from tests.integration.narrow import BOTH_WAYS, NARROW, THEN_WANDA, settings
+from tests.integration.narrow import BOTH_WAYS, NARROW, THEN_WANDA, exchange, settings, zeroed_logits
 from tests.integration.support import (
     SILENT,
     carry_out,
@@ -56,26 +51,6 @@ def source(tmp_path_factory: pytest.TempPathFactory, more_families: None) -> Pat
     write_text(base)
     save_tiny("llama", base / "source", torch.bfloat16)
     return base / "source"
-
-
-@torch.no_grad()
-def zeroed_logits(source: Path, run_directory: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """Of the dense model, with the weights that read its neurons as the run has left them, zero where they are gone."""
-    commits, written = Ledger.read(run_directory).commits, tensors_in(run_directory / "model")
-    with closing(Checkpoint.open(source)) as checkpoint:
-        skeleton = Skeleton(checkpoint, torch.device("cpu"), torch.float32)
-        stream, reader = Stream(skeleton, checkpoint), f"{mlp_of(skeleton.model.config).reader}.weight"
-        with stream.outside_weights():
-            hidden = stream.embed(tokens)
-        for index, commit in commits.items():
-            assert commit.cut is not None
-            block, name = skeleton.load_block(index, checkpoint), skeleton.block_names(index)[reader]
-            weight = block.get_parameter(reader).data
-            weight.zero_()
-            weight[:, kept_from_text(commit.cut.kept, commit.cut.num_neurons)] = written[name].float()
-            hidden = stream.run_block(index, hidden)
-        with stream.outside_weights():
-            return stream.logits(hidden)
 
 
 @pytest.mark.parametrize("family", KNOWN)
@@ -146,14 +121,6 @@ def test_mask_tuning_errs_less_than_none_in_every_block_it_is_taken_in(source: P
     assert all(n["error_after"] <= n["error_before"] for n in notes)
     assert any(n["recovered"] == 1.0 and n["error_after"] < n["error_before"] for n in notes)
     assert all(n["error_after"] == n["error_before"] for n in notes if n["recovered"] == 0.0)
-
-
-def exchange(model: Path, name: str, change: Any) -> None:
-    """Change a tensor of a finished model, where it lies."""
-    index = json.loads((model / "model.safetensors.index.json").read_text())["weight_map"]
-    tensors = load_file(model / index[name])
-    tensors[name] = change(tensors[name])
-    save_file(tensors, model / index[name], metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize(

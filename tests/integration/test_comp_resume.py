@@ -8,7 +8,7 @@ import torch
 
 from pipeline.errors import RunStopped
 from pipeline.verify import verify
-from tests.integration.narrow import NARROW, THEN_BESA, THEN_WANDA, settings
+from tests.integration.narrow import NARROW, THEN_BESA, THEN_WANDA, UNEVEN, UNEVEN_THEN_WANDA, settings
 from tests.integration.processes import Child, prune_until_write
 from tests.integration.support import SILENT, RecipeEntries, carry_out, committed, outcome, write_text
 from tests.tiny import save_tiny
@@ -24,7 +24,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("recipe", [NARROW, THEN_WANDA, THEN_BESA, ["wanda_sp"]], ids=str)
+@pytest.mark.parametrize("recipe", [NARROW, THEN_WANDA, THEN_BESA, ["wanda_sp"], UNEVEN_THEN_WANDA], ids=str)
 def test_a_run_stopped_at_every_block_ends_with_the_same_bytes(
     recipe: RecipeEntries, stored: torch.dtype, compute: str, tmp_path: Path
 ) -> None:
@@ -43,7 +43,7 @@ def test_a_run_stopped_at_every_block_ends_with_the_same_bytes(
     verify(tmp_path / "many", tmp_path / "source", SILENT)
 
 
-@pytest.mark.parametrize("recipe", [NARROW, THEN_WANDA], ids=str)
+@pytest.mark.parametrize("recipe", [NARROW, THEN_WANDA, UNEVEN], ids=str)
 def test_a_run_killed_again_and_again_ends_with_the_same_bytes(
     recipe: RecipeEntries, source: Path, tmp_path: Path
 ) -> None:
@@ -57,7 +57,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(
     assert outcome(tmp_path / "many") == outcome(tmp_path / "one")
 
 
-@pytest.mark.parametrize("recipe", [NARROW, THEN_WANDA], ids=str)
+@pytest.mark.parametrize("recipe", [NARROW, THEN_WANDA, UNEVEN_THEN_WANDA], ids=str)
 def test_how_memory_is_used_changes_no_byte(recipe: RecipeEntries, source: Path, tmp_path: Path) -> None:
     settings_of = {
         "plain": {},

@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 from itertools import pairwise
+from math import floor
 
 import pytest
 from hypothesis import given
@@ -15,6 +16,7 @@ from pipeline.methods.structured.widths import (
     rounded_width,
     share_of_neurons,
     shares_by_importance,
+    widths_by_importance,
     with_unmet,
 )
 
@@ -110,6 +112,63 @@ def test_a_block_that_stands_out_leaves_the_others_their_differences() -> None:
     aside = shares_by_importance(FIFTH, importance, spread, frozenset({0}))
     assert aside[1] - aside[2] > 10 * (counted[1] - counted[2])
     assert aside[0] == min(aside)
+
+
+def textbook_widths(width: int, mean: float, importance: list[float], spread: float, multiple: int) -> list[int]:
+    """Of blocks none of which meets a bound: each exact width rounded down, the largest rests then rounded up."""
+    others = importance[1:]
+    middle = sum(others) / len(others)
+    furthest = max(abs(score - middle) for score in others)
+    lost = [1 - spread * max(-1.0, min(1.0, (score - middle) / furthest)) for score in importance]
+    lost = [mean * part - mean * (sum(lost) / len(lost) - 1) for part in lost]
+    exact = [width * (1 - part) / multiple for part in lost]
+    whole = [int(number) for number in exact]
+    num_more = int(sum(exact) + 1e-9) - sum(whole)
+    by_rest = sorted(range(len(exact)), key=lambda block: whole[block] - exact[block])
+    return [multiple * (whole[block] + (block in by_rest[:num_more])) for block in range(len(exact))]
+
+
+@pytest.mark.parametrize(("width", "multiple"), [(1536, 16), (11008, 128), (1536, 64)])
+def test_widths_follow_the_textbook(width: int, multiple: int) -> None:
+    importance = [0.98, 0.31, 0.24, 0.05, 0.043, 0.04, 0.061, 0.12, 0.25]
+    named = None if multiple <= ROUNDING * width else multiple
+    found = widths_by_importance(width, FIFTH, importance, Fraction(3, 10), named)
+    assert found == textbook_widths(width, 0.2, importance, 0.3, multiple)
+    assert len(set(found)) >= 4
+    assert max(found) == found[0], "the first block stands out, and keeps as much as any"
+
+
+@given(
+    width=st.integers(16, 30_000),
+    importance=st.lists(st.floats(0, 1), min_size=1, max_size=12),
+    mean=st.fractions(0, MOST),
+    spread=st.fractions(0, 1),
+)
+def test_widths_keep_together_what_is_asked_to_the_multiple(
+    width: int, importance: list[float], mean: Fraction, spread: Fraction
+) -> None:
+    widths, level = (widths_by_importance(width, mean, importance, s) for s in (spread, Fraction(0)))
+    multiple = next((m for m in MULTIPLES if width % m == 0 and m <= ROUNDING * width), 1)
+    exact = width * (1 - mean) * len(importance)
+    assert sum(widths) == sum(level) == floor(exact / multiple) * multiple
+    assert all(0 < own <= width and own % multiple == 0 for own in widths)
+    ordered = sorted(zip(importance[1:], widths[1:], strict=True))
+    assert all(b[1] - a[1] >= -multiple for a, b in pairwise(ordered)), "but for rounding, more for what matters more"
+
+
+@given(multiple=st.integers(1, 9), share=st.fractions(0, 1), spread=st.fractions(0, 1))
+def test_a_multiple_that_does_not_divide_the_width_is_kept_to_within_it(
+    multiple: int, share: Fraction, spread: Fraction
+) -> None:
+    mean, importance = share * Fraction(1, 2), [0.3, 0.1, 0.9, 0.5]
+    widths, level = (widths_by_importance(100, mean, importance, s, multiple) for s in (spread, Fraction(0)))
+    assert sum(widths) == sum(level) <= 400 * (1 - mean)
+    assert all(0 < own <= 100 and own % multiple == 0 for own in widths)
+
+
+def test_a_block_of_which_nothing_would_be_left_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"30 of 100 neurons would be left of a block, fewer than the multiple of 64"):
+        widths_by_importance(100, Fraction(1, 2), [0.5, 0.9, 0.1, 0.2], Fraction(1), 64)
 
 
 @pytest.mark.parametrize(("own", "unmet", "expected"), [(10, 0, 10), (10, 30, 40), (10, 200, 90), (95, 3, 95)])

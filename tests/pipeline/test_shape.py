@@ -51,9 +51,17 @@ def test_a_list_of_another_length_is_refused() -> None:
 
 
 def test_a_shape_survives_as_plain_data_and_knows_what_is_gone() -> None:
-    for shape in (KEPT, Shape(kept=(0, 1), width=8), Shape(kept=(0, 1), width=8, mlp_bias=True)):
+    biased, uneven = Shape(kept=(0, 1), width=8, mlp_bias=True), Shape(kept=(0, 1), width=(8, 9))
+    for shape in (KEPT, Shape(kept=(0, 1), width=8), biased, uneven):
         assert Shape.from_data(shape.as_data()) == shape
     assert KEPT.dropped(6) == (1, 2, 4)
+
+
+def test_widths_of_single_blocks_stand_beside_that_of_the_dense_model() -> None:
+    shape = Shape(kept=(0, 5), width=(20, 30))
+    found = edited_settings(LlamaConfig(**SIX, intermediate_size=48), {"intermediate_size": 48}, shape)
+    by_block = {"0": {"intermediate_size": 20}, "1": {"intermediate_size": 30}}
+    assert found == {"num_hidden_layers": 2, "intermediate_size": 48, "per_layer_config": by_block}
 
 
 def test_any_shape_of_a_size_keeps_both_ends() -> None:

@@ -14,7 +14,16 @@ from pipeline.methods.structured.shape_step import ShortGpt
 from pipeline.narrower import narrowed
 from pipeline.shape import Shape
 from pipeline.skeleton import Skeleton
-from pipeline.width import bytes_left, neuron_numel, num_neurons, part_gone, width_left, width_of
+from pipeline.width import (
+    bytes_left,
+    mean_width,
+    neuron_numel,
+    num_neurons,
+    part_gone,
+    weights_gone,
+    width_left,
+    width_of,
+)
 from tests.tiny import save_tiny
 
 
@@ -51,6 +60,16 @@ def test_blocks_that_go_count_before_neurons_do(
         assert gone >= ratio * 3 * dense.block_numel(0)
 
 
+def test_widths_by_importance_take_as_much_as_one_for_all(dense: Skeleton) -> None:
+    step = Comp(widths="per_block", spread=0.5)
+    level, uneven = (width_left(step, dense, 0, Fraction(1, 4), own) for own in (None, [0.5, 0.1, 0.2]))
+    assert level == (28, 28, 27), "83 of 144 neurons: 60.5 go"
+    assert uneven == (35, 14, 34), "of which the first does not count: 20.2 go on average, 13.5 or 33.6 of a block"
+    assert width_left(step, dense, 0, Fraction(1, 4), [0.2, 0.2, 0.2]) == (28, 28, 27)
+    assert width_left(step, dense, 0, Fraction(17 * 96, 7744), [0.2, 0.2, 0.2]) == 31, "widths that are equal are one"
+    assert width_left(step, dense, 1, Fraction(1, 3), [0.2, 0.2]) is None
+
+
 def test_more_than_the_neurons_hold_is_refused(dense: Skeleton) -> None:
     with pytest.raises(ConfigError, match=r"leaves 134\.4% of the neurons to go, above the most a block may lose, 90%"):
         width_left(WandaSp(), dense, 0, Fraction(4, 5))
@@ -64,6 +83,16 @@ def test_what_is_written_of_narrow_blocks_is_counted(dense: Skeleton) -> None:
     assert narrow.checkpoint.settings()["intermediate_size"] == 40
     assert num_neurons(narrow) == 48  # what is read is dense
     assert (width_of(dense), width_of(narrow)) == (None, 40)
+    assert (mean_width(dense), mean_width(narrow)) == (None, 40)
+
+
+def test_blocks_of_different_widths_are_counted_one_by_one(dense: Skeleton) -> None:
+    left = narrowed(dense, Shape(kept=(0, 2), width=(40, 31)))
+    assert (width_of(left), mean_width(left)) == ((40, 31), 36)
+    gone = dense.block_numel(1) + (8 + 17) * neuron_numel(dense)
+    assert bytes_left(left) == dense.checkpoint.total_bytes() - gone * 4
+    assert part_gone(dense, left) == pytest.approx(gone / (3 * dense.block_numel(0)))
+    assert (weights_gone(left), weights_gone(dense)) == ([8 * 96, 17 * 96], [0, 0, 0])
 
 
 def test_the_part_that_goes_is_of_whole_blocks_and_neurons(dense: Skeleton) -> None:

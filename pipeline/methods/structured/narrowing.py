@@ -24,7 +24,8 @@ from pipeline.methods.structured.depth import num_to_drop
 from pipeline.methods.structured.mask_problem import SLAB_NUMEL, MaskProblem
 from pipeline.methods.structured.recovery import DAMPINGS, best_of, bias_of, folded, is_sound, solved
 from pipeline.methods.structured.selection import Metric, Rounds, Selection, keep_without_lowest, select
-from pipeline.methods.structured.shape_step import Depth, ShapeStep
+from pipeline.methods.structured.shape_step import Depth
+from pipeline.methods.structured.sized_step import SizedStep
 from pipeline.sparsity import SemiStructured, Sparsity
 from pipeline.statistics import ColumnSquares, Gathered, Gram, Moments, Statistic, relative_error
 
@@ -100,8 +101,8 @@ class Mended:
         return {"recovered": float(self.folded_OK is not None or self.bias_O is not None), **damping}
 
 
-class Narrowing(ShapeStep):
-    """Removes neurons of all blocks, as many of each, and whole blocks beside."""
+class Narrowing(SizedStep):
+    """Removes neurons of all blocks, and whole blocks beside."""
 
     depth: Depth = "one_shot"
     """How the blocks that go are chosen: by one survey of the dense model (`one_shot`), surveyed anew without those
@@ -134,7 +135,7 @@ class Narrowing(ShapeStep):
     """The largest variance of the mask; where a round would pass it, the mask stays as it was from then on."""
 
     multiple: int | None = Field(default=None, ge=1)
-    """Of what number the width is to be a multiple; absent: the largest of 256, 128, … 8 that costs little."""
+    """Of what number widths are to be multiples; absent: the largest of 256, 128, … 8 that costs little."""
 
     held_out: float = Field(default=0.125, gt=0, lt=1)
     """Part of the sequences that recoveries are judged on and not worked out from."""

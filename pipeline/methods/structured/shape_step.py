@@ -36,6 +36,11 @@ class ShapeStep(Step):
     """How the blocks that go are chosen."""
 
     @property
+    def widths_differ(self) -> bool:
+        """Whether blocks get widths of their own, by their importance."""
+        return False
+
+    @property
     def statistics(self) -> tuple[type[Statistic], ...]:
         """None: it looks at hidden states alone."""
         return ()

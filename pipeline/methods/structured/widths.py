@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from math import floor
 
-from pipeline.allocation import centred
+from pipeline.allocation import centred, rounded
 from pipeline.errors import ConfigError
 
 MULTIPLES = (256, 128, 64, 32, 16, 8)
@@ -62,14 +62,42 @@ def rounded_width(width: int, share: Fraction, multiple: int | None = None) -> i
     return floor(exact / multiple) * multiple
 
 
+def widths_by_importance(
+    width: int, mean: Fraction, importance: Sequence[float], spread: Fraction, multiple: int | None = None
+) -> list[int]:
+    """Return the width that is left of each of some blocks where their mean share of neurons goes, by importance.
+
+    importance: of the blocks that stay, the model's first before all others; it is set aside. Each width is less than
+    a multiple from the exact one, and all together are the largest number of multiples that keeps no more than is
+    asked. Where no multiple is named, it is the largest of MULTIPLES that divides the dense width and is no more than
+    ROUNDING of it; 1 where none is. Raises ConfigError where nothing is left of a block.
+    """
+    if multiple is None:
+        multiple = next((m for m in MULTIPLES if width % m == 0 and m <= ROUNDING * width), 1)
+    most = width // multiple
+    least_share = 1 - Fraction(most * multiple, width)
+    shares = shares_by_importance(mean, importance, spread, frozenset({0}), least_share)
+    whole = rounded([min(Fraction(most), width * (1 - share) / multiple) for share in shares], [1] * len(shares))
+    if min(whole) == 0:
+        raise ConfigError(
+            f"{floor(width * (1 - max(shares)))} of {width} neurons would be left of a block, fewer than the multiple "
+            f"of {multiple} that widths are rounded to; name a smaller `multiple` or `spread`, or remove less"
+        )
+    return [number * multiple for number in whole]
+
+
 def shares_by_importance(
-    mean: Fraction, importance: Sequence[float], spread: Fraction, aside: frozenset[int] = frozenset()
+    mean: Fraction,
+    importance: Sequence[float],
+    spread: Fraction,
+    aside: frozenset[int] = frozenset(),
+    least: Fraction = Fraction(0),
 ) -> list[Fraction]:
     """Return the share of neurons that each of some blocks of equal size loses: the less, the more it matters.
 
-    `r_b = c - mean spread (I_b - mean I) / max |I - mean I|`, each held between 0 and MOST, with the c for which their
-    mean is `mean` exactly. Blocks set `aside` (the first of a model stands out by far) do not count in the mean and
-    the maximum of I, and are no further from `mean` than those that do.
+    `r_b = c - mean spread (I_b - mean I) / max |I - mean I|`, each held between `least` and MOST, with the c for which
+    their mean is `mean` exactly. Blocks set `aside` (the first of a model stands out by far) do not count in the mean
+    and the maximum of I, and are no further from `mean` than those that do.
     """
     exact = [Fraction(score) for score in importance]
     counted = [score for block, score in enumerate(exact) if block not in aside] or exact
@@ -78,7 +106,7 @@ def shares_by_importance(
     if furthest == 0:
         return [mean] * len(exact)
     offsets = [-mean * spread * max(Fraction(-1), min(Fraction(1), (s - middle) / furthest)) for s in exact]
-    return centred(offsets, [1] * len(exact), mean, Fraction(0), max(MOST, mean))
+    return centred(offsets, [1] * len(exact), mean, min(least, mean), max(MOST, mean))
 
 
 def with_unmet(num_own: int, num_unmet: int, width: int) -> int:

@@ -54,6 +54,15 @@ def test_blocks_that_are_gone_are_counted_and_masks_only_where_there_are_some(re
     assert f"{gone}, by [secateur]" in write_card(found(), RECIPE, results)
 
 
+def test_a_model_that_transformers_does_not_load_is_not_said_to_be_for_it(results: dict[str, Any]) -> None:
+    blocks = {"of": 30, "parameters_before": 1000, "neurons": 48}
+    smaller = {"num_blocks": 24, "parameters": 800, "asked": 0.2}
+    for width, library in ((30, "transformers"), ([30, 40], "secateur")):
+        results["report"]["smaller"] = {**smaller, "blocks": {**blocks, "width": width}}
+        _, metadata, _ = write_card(found(), RECIPE, results).split("---\n", 2)
+        assert yaml.safe_load(metadata)["library_name"] == library
+
+
 def test_what_is_not_known_is_left_out(results: dict[str, Any]) -> None:
     results["report"]["perplexity_after"] = None
     card = write_card(found(origin="/models/own", name="own", facts={"licence": None}), RECIPE, results)

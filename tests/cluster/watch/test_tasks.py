@@ -75,6 +75,14 @@ def test_a_pruned_model_is_held_against_the_dense_one_in_tasks_of_ones_own(
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_model_whose_blocks_differ_in_width_does_tasks_too(model: Path, directory: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    carry_out(job(model, tmp_path / "run", recipe=[{"comp": {"widths": "per_block"}}], sparsity=0.3))
+    found = evaluate_tasks(tmp_path / "run" / "model", asked(directory), "cpu")
+    assert found["local_choice"] in {index / 8 for index in range(9)}
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_task_that_is_not_there_is_said(model: Path, directory: Path) -> None:
     pytest.importorskip("lm_eval")
     wrong = TasksConfig.model_validate({"directory": directory, "tasks": {"no_such_task": {}}})

@@ -1,7 +1,9 @@
 """What choosing blocks takes, counted against what the ways of choosing really ask for."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -9,9 +11,10 @@ import torch
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import parse_config
 from pipeline.methods.structured.depth import Dropped, ends, greedy_by_rounds, rescored
+from pipeline.methods.structured.narrowing import Comp
 from pipeline.methods.structured.shape_step import Depth, ShortGpt
 from pipeline.planning.choosing import Choosing, choosing_of, planned_shape
-from pipeline.planning.plan import make_plan
+from pipeline.planning.plan import Plan, make_plan
 from pipeline.skeleton import Skeleton
 from tests.tiny import save_tiny
 
@@ -40,6 +43,34 @@ def test_models_and_blocks_are_those_that_are_run(num_dropped: int) -> None:
     expected = Choosing(models=len(tried), embedded=num_dropped, blocks=sum(run), evaluates=True)
     assert choosing_of(ShortGpt(depth="greedy"), 8, num_dropped) == expected
     assert choosing_of(ShortGpt(), 8, num_dropped) == Choosing(models=1, embedded=1, blocks=8, evaluates=False)
+
+
+def test_widths_of_single_blocks_take_a_survey_whatever_else_is_run() -> None:
+    once = Choosing(models=1, embedded=1, blocks=8, evaluates=False)
+    assert [choosing_of(Comp(widths="per_block", depth=depth), 8, 0) for depth in get_args(Depth)] == [once] * 3
+    assert choosing_of(Comp(widths="per_block"), 8, 2) == once
+    losses = choosing_of(Comp(depth="greedy"), 8, 2)
+    both = choosing_of(Comp(depth="greedy", widths="per_block"), 8, 2)
+    assert both == replace(losses, embedded=2 + 1, blocks=losses.blocks + 8, surveys=True)
+
+
+@pytest.mark.parametrize("depth", ["one_shot", "greedy"])
+def test_a_plan_counts_the_survey_that_widths_take(depth: Depth, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "model")
+
+    def plan_of(**options: Any) -> Plan:
+        recipe = [{"comp": {"ratio": 0.4, "depth": depth, "depth_fraction": 0.9, **options}}, "wanda"]
+        raw = {"model": str(tmp_path / "model"), "output": str(tmp_path / "run"), "prune": {"recipe": recipe}}
+        raw |= {"calibration": {"sequences": 6, "tokens": 24}, "compute": {"device": "cpu"}, "evaluate": None}
+        return make_plan(parse_config(raw, "test"), tmp_path / "model", None, 10**6)
+
+    even, uneven = plan_of(), plan_of(widths="per_block")
+    more = 1.5 if depth == "greedy" else 0  # three blocks, and two are left
+    assert uneven.forward_passes == pytest.approx(even.forward_passes + more, abs=0.02)  # one neuron of 64 wider
+    assert "survey" in uneven.working_sets
+    assert (uneven.widths_differ, even.widths_differ) == (True, False)
+    assert 0.4 <= uneven.part_gone < even.part_gone, "two widths come nearer to what is asked than one"
+    assert (uneven.width, even.width) == (40, 39), "the mean of 39 and 40, rounded"
 
 
 @pytest.mark.parametrize(
