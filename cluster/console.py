@@ -264,8 +264,7 @@ def show_plan(console: Console, plan: Plan) -> None:
         ("output", human_bytes(plan.output_bytes)),
     ]
     if plan.part_gone:
-        about = "about " if plan.widths_differ else ""
-        each = f" of {about}{plan.width:,} neurons" if plan.width else ""
+        each = f" of {'about ' if plan.widths_differ else ''}{plan.width:,} neurons" if plan.width else ""
         facts.append(("left", f"{plan.num_blocks} blocks{each}; {plan.part_gone:.2%} of all blocks' parameters go"))
     if plan.num_trials:
         tried = f"{plan.num_trials} splits of that between whole blocks and neurons first, by a run each"

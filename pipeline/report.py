@@ -162,11 +162,11 @@ def _of_smaller(smaller: Smaller) -> list[str]:
     width, neurons = smaller.blocks.get("width"), smaller.blocks.get("neurons")
     each = "" if width is None else f", with {width_in_words(width)} of {neurons} neurons each"
     what = "blocks" if width is None else "parameters"
-    takes = f"takes less memory and time on any hardware, about in proportion to its {what}."
-    left = f"The model is really smaller: {smaller.num_blocks} of {smaller.blocks['of']} blocks are left{each}."
     dropped, tried = smaller.blocks["dropped"], smaller.blocks.get("tried")
     assert isinstance(dropped, list)
     trials = [told_of_trials(tried, len(dropped))] if isinstance(tried, dict) else []
+    left = f"The model is really smaller: {smaller.num_blocks} of {smaller.blocks['of']} blocks are left{each}."
+    takes = f"takes less memory and time on any hardware, about in proportion to its {what}."
     if isinstance(width, list):
         return [f"{left} It {takes}", HOW_TO_LOAD, *trials]
     return [f"{left} It loads in stock transformers, and {takes}", *trials]

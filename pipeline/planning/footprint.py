@@ -22,7 +22,7 @@ import torch
 
 from pipeline.budget import Place
 from pipeline.memory_config import Tier
-from pipeline.methods.step import Step, largest
+from pipeline.methods.step import Step, largest, num_weights
 from pipeline.planning.held import Held, Phase, on_device, on_host
 from pipeline.planning.methods_work import made_bytes
 from pipeline.planning.scale import Generation, Scale
@@ -206,7 +206,7 @@ def _prune(scale: Scale) -> Iterator[Held]:
 
 
 def _made(scale: Scale, num_steps: int) -> int:
-    return made_bytes(scale.recipe, num_steps, scale.work.cut.num_weights, scale.dtype.itemsize)
+    return made_bytes(scale.recipe, num_steps, num_weights(scale.shapes_left), scale.dtype.itemsize)
 
 
 def _step_bytes(scale: Scale, step: Step) -> int:

@@ -12,8 +12,8 @@ from pipeline.width import mean_width
 def shapes_left(skeleton: Skeleton, groups: Sequence[Sequence[Linear]]) -> tuple[Linears, ...] | None:
     """Return (out features, in features) of every linear, by group, as blocks will be written; None where all stay.
 
-    groups: of the linears of a block of the skeleton, whose config.json says how wide blocks become; where they differ,
-    it is a block of the mean width.
+    groups: of the linears of a block of the skeleton, whose config.json says how wide blocks become: on average, where
+    they differ.
     """
     width = mean_width(skeleton)
     if width is None:

@@ -89,8 +89,9 @@ class Scale:
 
     @property
     def shapes_left(self) -> dict[str, tuple[int, int]]:
-        """The same once neurons have been taken out of the block."""
-        return self._named(self.work.cut.groups)
+        """The same once neurons have been taken out of the block; where blocks differ, one may keep all of them."""
+        differ = self.recipe.shape is not None and self.recipe.shape.widths_differ
+        return self.shapes if differ else self._named(self.work.cut.groups)
 
     def _named(self, groups: tuple[Linears, ...]) -> dict[str, tuple[int, int]]:
         pairs = zip(self.names, groups, strict=True)

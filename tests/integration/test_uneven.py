@@ -131,6 +131,18 @@ def test_whole_blocks_go_beside_and_masks_come_after(depth: str, tmp_path: Path)
     verify(tmp_path / "run", tmp_path / "source", SILENT)
 
 
+def test_splits_are_tried_with_widths_of_their_own(source: Path, tmp_path: Path) -> None:
+    options = {"depth_fraction": "auto", "widths": "per_block", "held_out": 0.4}
+    report = carry_out(job(source, tmp_path, [{"comp": options}], 0.4))
+    found = json.loads((tmp_path / "shape.json").read_text())
+    assert {"0 blocks go", "1 blocks go"} <= set(found["measured"])
+    assert found["width"] == widths_in(tmp_path / "model")
+    assert report.perplexity_after == pytest.approx(
+        perplexity_of(load(tmp_path / "model", torch.float32), evaluation_windows(source))
+    )
+    verify(tmp_path, source, SILENT)
+
+
 def test_biases_are_held_in_blocks_of_different_widths(source: Path, tmp_path: Path) -> None:
     report = carry_out(job(source, tmp_path, [{"flap": {"widths": "per_block", "spread": 0.9}}], 0.3))
     model = load(tmp_path / "model", torch.float32)

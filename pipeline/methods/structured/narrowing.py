@@ -9,10 +9,9 @@ Shapes: O = out features of the linear that reads the neurons, U = neurons, K = 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from functools import partial
 from itertools import chain
-from typing import Annotated, Literal, cast
+from typing import Literal, cast
 
 import torch
 from pydantic import Field
@@ -20,19 +19,13 @@ from pydantic import Field
 from pipeline.errors import ConfigError
 from pipeline.methods.step import BlockView, Report, Shapes
 from pipeline.methods.structured.baselines import fluctuation, wanda_sp
-from pipeline.methods.structured.depth import num_to_drop
 from pipeline.methods.structured.mask_problem import SLAB_NUMEL, MaskProblem
 from pipeline.methods.structured.recovery import DAMPINGS, best_of, bias_of, folded, is_sound, solved
 from pipeline.methods.structured.selection import Metric, Rounds, Selection, keep_without_lowest, select
-from pipeline.methods.structured.shape_step import Depth
-from pipeline.methods.structured.sized_step import SizedStep
+from pipeline.methods.structured.sized_step import DepthFraction, SizedStep
 from pipeline.sparsity import SemiStructured, Sparsity
 from pipeline.statistics import ColumnSquares, Gathered, Gram, Moments, Statistic, relative_error
 
-MOST_TRIED = 9
-"""Numbers of blocks that `depth_fraction: auto` tries at most."""
-
-DepthFraction = Literal["auto"] | Annotated[float, Field(ge=0, le=1)]
 NeuronMetric = Literal["condition", "forward", "kappa", "wanda_sp", "flap"]
 Recovery = Literal["mask", "lstsq", "bias", "none"]
 
@@ -104,17 +97,6 @@ class Mended:
 class Narrowing(SizedStep):
     """Removes neurons of all blocks, and whole blocks beside."""
 
-    depth: Depth = "one_shot"
-    """How the blocks that go are chosen: by one survey of the dense model (`one_shot`), surveyed anew without those
-    that are gone (`rescored`), or by the model's loss (`greedy`)."""
-
-    depth_fraction: DepthFraction = 0.0
-    """The part of what goes that goes with whole blocks, as far as whole ones fit into it; neurons make up the rest.
-    With `auto` it is found out: no block, one, two, … up to all that fit (nine numbers of them at most, evenly spread)
-    are each tried by a whole run on the calibration sequences less the part `held_out`, whose outputs are thrown away,
-    and the one of the least perplexity on the sequences held out is taken. So it costs that many runs more, and is for
-    where the split matters more than the time: which is better differs by model, ratio and text."""
-
     neuron_metric: NeuronMetric = "condition"
     """By what neurons are judged: how much the error rises when one goes and all others are rescaled (`condition`),
     what it alone carries (`forward`), how far others stand in for it (`kappa`), or scores of Wanda-sp and FLAP."""
@@ -148,19 +130,6 @@ class Narrowing(SizedStep):
                 "fraction, or put a step that masks weights after it"
             )
         return None
-
-    def num_dropped(self, num_blocks: int, ratio: Fraction) -> int:
-        """Return how many whole blocks fit into their part of what goes; neurons make up the rest."""
-        assert self.depth_fraction != "auto", "it is to be found out"
-        return num_to_drop(num_blocks, ratio, Fraction(repr(self.depth_fraction)))
-
-    def nums_dropped(self, num_blocks: int, ratio: Fraction) -> list[int]:
-        """Return the one number that is asked for; of `auto` all that fit, MOST_TRIED evenly spread where more do."""
-        if self.depth_fraction != "auto":
-            return [self.num_dropped(num_blocks, ratio)]
-        most = num_to_drop(num_blocks, ratio, Fraction(1))
-        steps = min(most, MOST_TRIED - 1)
-        return [round(Fraction(most * step, max(1, steps))) for step in range(steps + 1)]
 
     @property
     def neuron_statistics(self) -> tuple[type[Statistic], ...]:
