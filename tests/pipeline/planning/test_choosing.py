@@ -66,7 +66,7 @@ def test_a_plan_counts_the_survey_that_widths_take(depth: Depth, tmp_path: Path)
 
     even, uneven = plan_of(), plan_of(widths="per_block")
     more = 1.5 if depth == "greedy" else 0  # three blocks, and two are left
-    assert uneven.forward_passes == pytest.approx(even.forward_passes + more)
+    assert uneven.forward_passes == pytest.approx(even.forward_passes + more, abs=0.02)  # one neuron of 64 wider
     assert "survey" in uneven.working_sets
     assert (uneven.widths_differ, even.widths_differ) == (True, False)
     assert 0.4 <= uneven.part_gone < even.part_gone, "two widths come nearer to what is asked than one"
