@@ -38,6 +38,7 @@ NARROW: RecipeEntries = [
     "wanda",
 ]
 BIASED: RecipeEntries = [{"flap": {"ratio": 0.3, "multiple": 8}}, "wanda"]
+TRIED: RecipeEntries = [{"comp": {"ratio": 0.4, "depth_fraction": "auto", "multiple": 8}}, "wanda"]
 REBUILT: RecipeEntries = [BESA_DENSE, "sparsegpt"]
 """Both streams must be made again after a stop, and kept weights are new ones, rounded to what is stored."""
 
@@ -69,7 +70,7 @@ def test_wanda_prunes_as_one_process_does(
     assert header_of(tmp_path).get("replicas", 1) == replicas
 
 
-@pytest.mark.parametrize("recipe", [["sparsegpt"], ["besa"], [BESA_DENSE], BOTH, TUNED, NARROW, BIASED], ids=str)
+@pytest.mark.parametrize("recipe", [["sparsegpt"], ["besa"], [BESA_DENSE], BOTH, TUNED, NARROW, BIASED, TRIED], ids=str)
 def test_three_stages_make_what_one_process_makes(
     recipe: RecipeEntries, source: Path, in_one_process: Callable[[RecipeEntries], Path], tmp_path: Path
 ) -> None:

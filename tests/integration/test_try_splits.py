@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from pipeline.calibration import load_calibration
 from pipeline.config import parse_config
-from pipeline.errors import BudgetExceeded, ConfigError, RunStopped, VerificationError
+from pipeline.errors import BudgetExceeded, ConfigError, RunDirectoryError, RunStopped, VerificationError
 from pipeline.ledger import Ledger
 from pipeline.progress import Silent
 from pipeline.verify import verify
@@ -168,6 +168,14 @@ def test_a_search_killed_while_its_hidden_states_are_on_disk_goes_on(source: Pat
         assert list((tmp_path / "many" / "spool").iterdir())
     carry_out(many)
     assert outcome(tmp_path / "many") == outcome(tmp_path / "one")
+
+
+def test_a_spool_that_no_run_has_left_is_not_emptied(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "spool").mkdir()
+    (tmp_path / "spool" / "letters").write_text("dear all")
+    with pytest.raises(RunDirectoryError, match=r"existing output directory of another job: .* but spool \(1 in all\)"):
+        carry_out(settings(source, tmp_path, AUTO, 0.4))
+    assert (tmp_path / "spool" / "letters").read_text() == "dear all"
 
 
 def test_steps_that_mask_come_after_the_trials_and_not_within_them(source: Path, tmp_path: Path) -> None:

@@ -9,22 +9,21 @@ Shapes: O = out features of the linear that reads the neurons, U = neurons, K = 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain
 from typing import Literal, cast
 
 import torch
 from pydantic import Field
 
-from pipeline.errors import ConfigError
 from pipeline.methods.step import BlockView, Report, Shapes
 from pipeline.methods.structured.baselines import fluctuation, wanda_sp
+from pipeline.methods.structured.judge import Judge, Mended
 from pipeline.methods.structured.mask_problem import SLAB_NUMEL, MaskProblem
 from pipeline.methods.structured.recovery import DAMPINGS, best_of, bias_of, folded, is_sound, solved
 from pipeline.methods.structured.selection import Metric, Rounds, Selection, keep_without_lowest, select
 from pipeline.methods.structured.sized_step import DepthFraction, SizedStep
 from pipeline.sparsity import SemiStructured, Sparsity
-from pipeline.statistics import ColumnSquares, Gathered, Gram, Moments, Statistic, relative_error
+from pipeline.statistics import ColumnSquares, Gathered, Gram, Moments, Statistic
 
 NeuronMetric = Literal["condition", "forward", "kappa", "wanda_sp", "flap"]
 Recovery = Literal["mask", "lstsq", "bias", "none"]
@@ -73,25 +72,6 @@ class CutBlock:
 
     notes: dict[str, float] = field(default_factory=dict)
     """Figures worth recording with the commit."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mended:
-    """One way to make up for the neurons that are gone."""
-
-    folded_OK: torch.Tensor | None
-    """float64; None: the columns that are left stay as they are."""
-
-    bias_O: torch.Tensor | None = None
-    """float64; None: the reader's bias stays as it is."""
-
-    damping: float = 0.0
-
-    @property
-    def figures(self) -> dict[str, float]:
-        """What is to be recorded of it."""
-        damping = {} if self.folded_OK is None else {"recovery_damping": self.damping}
-        return {"recovered": float(self.folded_OK is not None or self.bias_O is not None), **damping}
 
 
 class Narrowing(SizedStep):
@@ -173,7 +153,7 @@ class Narrowing(SizedStep):
         block.from_the_first(keep_U)
         if not self.needs_targets:
             return CutBlock(keep_U=keep_U, notes=selection.notes)
-        judge = _Judge(block, neurons, keep_U)
+        judge = Judge(block, neurons.reader, neurons.num_fitted, keep_U)
         best = best_of(self._recoveries(block, neurons, selection), judge.error)
         notes = {"error_before": judge.errors[0], "error_after": min(judge.errors), **best.figures}
         report({"error": notes["error_after"]})
@@ -243,43 +223,3 @@ class WandaSp(Narrowing):
 
     recovery: Recovery = "none"
     """What makes up for them; see comp."""
-
-
-class _Judge:
-    """Runs a block without some neurons on the sequences held out of all replicas."""
-
-    def __init__(self, block: BlockView, neurons: Neurons, keep_U: torch.Tensor) -> None:
-        self._block, self._neurons, self._keep_U = block, neurons, keep_U
-        self._held_out = range(neurons.num_fitted, block.num_sequences)
-        self._device = keep_U.device
-        self.errors: list[float] = []
-        """Of every recovery so far."""
-
-    def error(self, mended: Mended) -> float:
-        """Return the mean relative error of the block's outputs over the sequences held out."""
-        total_2 = torch.zeros(2, dtype=torch.float64, device=self._device)
-        biases = {} if mended.bias_O is None else {self._neurons.reader_bias: mended.bias_O}
-        for number in self._held_out:
-            here = slice(number, number + 1)
-            output = self._block.output({self._neurons.reader: partial(self._weight, mended)}, here, biases)
-            total_2[0] += relative_error(output, self._block.target(here, "pruned")).double()
-            total_2[1] += 1
-        self._block.sum([total_2])
-        error, count = total_2.tolist()
-        if count == 0:
-            raise ConfigError(
-                "a recovery is judged on sequences held out, and with one sequence of calibration (or one on each "
-                "replica) there is none to hold out; set calibration.sequences to 2 at least for every replica, or "
-                "`recovery: none`"
-            )
-        self.errors.append(error / count)
-        return self.errors[-1]
-
-    def _weight(self, mended: Mended) -> torch.Tensor:
-        """The reader at its full shape, zero where neurons are gone."""
-        dense_OU = self._block.weights[self._neurons.reader]
-        if mended.folded_OK is None:
-            return dense_OU * self._keep_U
-        made_OU = torch.zeros_like(dense_OU)
-        made_OU[:, self._keep_U] = mended.folded_OK.to(dense_OU.dtype)
-        return made_OU
