@@ -178,8 +178,9 @@ def _smaller_rows(report: Report) -> list[tuple[str, str]]:
 
 
 def _neurons_row(smaller: Smaller) -> list[tuple[str, str]]:
-    width, neurons = smaller.blocks.get("width"), smaller.blocks.get("neurons")
-    return [] if width is None else [("neurons", f"{width_in_words(width)} of {neurons} are left in every block")]
+    width, heads = smaller.blocks.get("width"), f", and {smaller.heads}" if smaller.heads else ""
+    left = f"of {smaller.blocks.get('neurons')} are left in every block{heads}"
+    return [] if width is None else [("neurons", f"{width_in_words(width)} {left}")]
 
 
 def _sparsity_row(report: Report) -> list[tuple[str, str]]:
@@ -264,8 +265,7 @@ def show_plan(console: Console, plan: Plan) -> None:
         ("output", human_bytes(plan.output_bytes)),
     ]
     if plan.part_gone:
-        each = f" of {'about ' if plan.widths_differ else ''}{plan.width:,} neurons" if plan.width else ""
-        facts.append(("left", f"{plan.num_blocks} blocks{each}; {plan.part_gone:.2%} of all blocks' parameters go"))
+        facts.append(("left", plan.left))
     if plan.num_trials:
         tried = f"{plan.num_trials} splits of that between whole blocks and neurons first, by a run each"
         facts.append(("tries", f"{tried} (trials); planned for the most blocks of them"))

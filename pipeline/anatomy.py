@@ -3,7 +3,7 @@
 A neuron of an MLP is a row of each linear that makes it (gate and up, with their biases) and a column of the one that
 leads back to the hidden states (down). Taking neurons out leaves a smaller block of the same architecture, which the
 family's own class runs. Families store them differently (phi3 has gate and up in one matrix), so each is named here;
-the others are refused.
+the others are refused. Heads of the attention are in `attention`.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pipeline.attention import HeadCut
 from pipeline.errors import ConfigError
 
 WIDTH_KEY = "intermediate_size"
@@ -61,9 +62,24 @@ class Cut:
     num_removed: int = 0
     """Parameters that are gone."""
 
+    heads: HeadCut | None = None
+    """What has been taken out of its attention, if anything."""
+
+    def touches(self, own: str) -> bool:
+        """Tell whether a parameter (its name within the block) has become smaller."""
+        return self.mlp.touches(own) or (self.heads is not None and self.heads.touches(own))
+
+    def folds(self, own: str) -> bool:
+        """Tell whether a parameter has new values as well."""
+        if self.heads is not None and self.heads.folds(own):
+            return True
+        return self.folded_OK is not None and own == f"{self.mlp.reader}.weight"
+
     def left(self, own: str, tensor: torch.Tensor) -> torch.Tensor:
         """Return what is to be stored of a parameter of the source."""
-        if self.folded_OK is not None and own == f"{self.mlp.reader}.weight":
+        if self.heads is not None and self.heads.touches(own):
+            return self.heads.left(own, tensor)
+        if self.folded_OK is not None and self.folds(own):
             return self.folded_OK
         return self.mlp.left(own, tensor, self.keep_U)
 

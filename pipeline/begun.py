@@ -22,7 +22,7 @@ class Begun:
     collector: Collector
     cutting: Cutting | None
     neurons: Collector
-    """Of the inputs of the linear that reads the neurons, where some of these are to go."""
+    """Of the inputs of the linears that read neurons, and heads, where some of these are to go."""
 
     watch: Stopwatch
 

@@ -37,7 +37,7 @@ def write_block(
             chunks = partial(_tuned_chunks, skeleton, index, own, pruned.others[own])
         elif linear is not None and linear.name in pruned.linears:
             chunks = partial(_pruned_chunks, skeleton, index, stored, linear, pruned, records)
-        elif pruned.cut is not None and pruned.cut.mlp.touches(own):
+        elif pruned.cut is not None and pruned.cut.touches(own):
             chunks = partial(_left_chunks, skeleton, index, own, pruned.cut)
         else:
             chunks = partial(checkpoint.chunks, stored)
@@ -87,7 +87,7 @@ def _pruned_chunks(
 
 
 def _is_folded(linear: Linear, cut: Cut | None) -> bool:
-    return cut is not None and cut.folded_OK is not None and linear.name == cut.mlp.reader
+    return cut is not None and cut.folds(linear.parameter)
 
 
 def _left_chunks(skeleton: Skeleton, index: int, own: str, cut: Cut) -> Iterator[memoryview]:

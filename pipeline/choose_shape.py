@@ -5,7 +5,7 @@ the calibration tokens without each of its blocks.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from pydantic import JsonValue
@@ -14,6 +14,7 @@ from pipeline.block_widths import width_in_words
 from pipeline.config import RunConfig
 from pipeline.devices import empty_cache
 from pipeline.errors import RunStopped
+from pipeline.head_count import heads_left
 from pipeline.importance import ImportanceMeter
 from pipeline.memory import Memory, opened_memory
 from pipeline.meter import resident_bytes
@@ -71,6 +72,7 @@ class Chosen:
             "kept": told["kept"],
             **({} if self.num_neurons is None else {"width": told["width"], "neurons": self.num_neurons}),
             **({"mlp_bias": True} if self.shape.mlp_bias else {}),
+            **({} if self.shape.heads is None else {"heads": asdict(self.shape.heads)}),
             **({} if self.tried is None else {"tried": self.tried.as_data()}),
             "importance": {str(block): value for block, value in self.importance.items()},
             "parameters_before": self.numel,
@@ -106,14 +108,14 @@ def choose_shape(
     if trials is not None:
         tried = try_splits(trials, tokens_NT, record, progress, stop_asked, prune)
     num_dropped = splits[0] if tried is None else tried.best
-    width = width_left(step, dense, num_dropped, ratio)
+    width, heads = width_left(step, dense, num_dropped, ratio), heads_left(step, dense)
     mlp_bias = adds_biases(step, dense, width)
     search = _Search(config, dense, tokens_NT, step, num_dropped, record, progress, stop_asked)
     order = search.order()
     kept = tuple(block for block in range(dense.num_blocks) if block not in order)
     if step.widths_differ and width is not None:
         width = width_left(step, dense, num_dropped, ratio, search.importance_of(kept))
-    shape = Shape(kept=kept, width=width, mlp_bias=mlp_bias)
+    shape = Shape(kept=kept, width=width, mlp_bias=mlp_bias, heads=heads)
     record.settle(shape, order)
     if order:
         progress.say(
@@ -122,6 +124,8 @@ def choose_shape(
     if width is not None:
         each = f"{width_in_words(width)} of its {num_neurons(dense):,} neurons"
         progress.say(f"{step.method}: every block keeps {each}")
+    if heads is not None:
+        progress.say(f"{step.method}: every attention keeps {heads}")
     return Chosen(
         shape=shape, num_blocks=dense.num_blocks, order=tuple(order), importance=search.importance(),
         numel=dense.checkpoint.numel(), num_bytes=dense.checkpoint.total_bytes(),

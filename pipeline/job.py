@@ -220,6 +220,7 @@ def order_of(config: RunConfig, allocation: Allocation, shape: Shape | None) -> 
     return Order(
         recipe=prune.steps, allocation=allocation, skip=prune.skip,
         batch=config.compute.batch, width=None if shape is None else shape.width,
+        heads=None if shape is None else shape.heads,
     )  # fmt: skip
 
 

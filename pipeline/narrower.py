@@ -36,7 +36,7 @@ class FewerBlocks(Checkpoint):
         self.shard_of = {name: in_files[stored] for name, stored in names.items() if stored in in_files}
         self._source, self._names, self._config = source, names, config
         self._settings = edited_settings(config, source.settings(), shape)
-        self._loaded = edited_settings(config, source.settings(), replace(shape, width=None))
+        self._loaded = edited_settings(config, source.settings(), replace(shape, width=None, heads=None))
 
     def read_into(self, name: str, target: torch.Tensor) -> None:
         """Fill `target` as the source does."""
@@ -75,7 +75,7 @@ class FewerBlocks(Checkpoint):
         return json.dumps(self._settings, indent=2).encode() + b"\n"
 
     def model_config(self) -> PretrainedConfig:
-        """What transformers builds to read these tensors: a new one at every call. Neurons are all still there."""
+        """What transformers builds to read these tensors: a new one at every call. All neurons and heads are there."""
         return type(self._config).from_dict(self._loaded)
 
     def _stored(self, name: str) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from pipeline.allocation import Allocation
+from pipeline.attention import HeadLayout
 from pipeline.block_widths import Width
 from pipeline.errors import ConfigError
 from pipeline.linears import Linear, find_linears
@@ -23,6 +24,9 @@ class Order:
     batch: int = 4
     width: Width | None = None
     """Neurons that are to be left in every block, or in each; None where all stay."""
+
+    heads: HeadLayout | None = None
+    """Heads that are to be left in every attention; None where all stay. Neurons go with them."""
 
 
 def linears_to_prune(block: nn.Module, skip: tuple[str, ...]) -> list[Linear]:

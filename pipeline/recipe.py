@@ -100,10 +100,12 @@ def parse_recipe(
             problems += [f"[{position}] {line}" for line in str(error).splitlines()]
     if not problems:
         problems = _disagreements(steps, sparsity)
-        if within_block == "sequential" and not any(isinstance(s, LinearStep) and s.statistics for s in steps):
+        heads_go = any(isinstance(step, Narrowing) and step.heads for step in steps)
+        by_linears = any(isinstance(step, LinearStep) and step.statistics for step in steps)
+        if within_block == "sequential" and not (by_linears or heads_go):
             problems.append(
                 "within_block: sequential gathers statistics anew for linear steps, and this recipe has none that "
-                "needs any; leave it out, or prune with wanda, sparsegpt, admm, …"
+                "needs any, nor removes heads before neurons; leave it out, or prune with wanda, sparsegpt, admm, …"
             )
     if problems:
         raise ValueError("\n".join(problems))

@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
+from typing import Literal
 
 from pydantic import JsonValue
 
@@ -25,6 +26,19 @@ class LinearRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HeadsRecord:
+    """What was taken out of one block's attention, before its neurons."""
+
+    unit: Literal["group", "query"]  # what went as one
+    num_units: int  # of the dense block
+    kept: str  # which of them are left: hexadecimal, a bit each from the first on
+    num_heads: int  # query heads that are left
+    num_groups: int  # heads of keys and values that are left
+    rewritten: bool  # what is left has new values where it reads the heads
+    notes: dict[str, float]  # what the method tells, e.g. errors on held-out sequences
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CutRecord:
     """What was taken out of one block, before anything else was done to it."""
 
@@ -33,6 +47,7 @@ class CutRecord:
     removed: int  # parameters that are gone
     rewritten: bool  # what is left has new values where it reads the neurons
     notes: dict[str, float]  # what the method tells, e.g. errors on held-out sequences
+    heads: HeadsRecord | None = None  # of its attention, where heads went too
 
     @property
     def width(self) -> int:

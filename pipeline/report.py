@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pydantic import JsonValue
+from pydantic import JsonValue, TypeAdapter
 
+from pipeline.attention import HeadLayout
 from pipeline.block_widths import width_in_words
 from pipeline.ledger import Ledger
 from pipeline.memory import Traffic
@@ -37,6 +38,12 @@ class Smaller:
     parameters: int
     num_bytes: int
     """Of all tensors that are left."""
+
+    @property
+    def heads(self) -> str | None:
+        """What is left of every attention, in words; None where all is."""
+        heads = self.blocks.get("heads")
+        return None if heads is None else str(TypeAdapter(HeadLayout).validate_python(heads))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,8 +90,8 @@ class Report:
     """Extremes of what the methods noted, such as the largest damping."""
 
     linears: dict[str, dict[str, float]]
-    """All that they noted (swaps, errors, damping), by block and linear: `3.mlp.up_proj`; `3.neurons` of what was taken
-    out of a block."""
+    """All that they noted (swaps, errors, damping), by block and linear: `3.mlp.up_proj`; `3.neurons` and `3.heads` of
+    what was taken out of a block."""
 
     smaller: Smaller | None = None
     """What the model has lost for good; None where zeros take the place of what was pruned."""
@@ -160,7 +167,8 @@ def told_of_trials(tried: Mapping[str, JsonValue], num_dropped: int) -> str:
 
 def _of_smaller(smaller: Smaller) -> list[str]:
     width, neurons = smaller.blocks.get("width"), smaller.blocks.get("neurons")
-    each = "" if width is None else f", with {width_in_words(width)} of {neurons} neurons each"
+    heads = "" if smaller.heads is None else f" and {smaller.heads}"
+    each = "" if width is None else f", with {width_in_words(width)} of {neurons} neurons{heads} each"
     what = "blocks" if width is None else "parameters"
     dropped, tried = smaller.blocks["dropped"], smaller.blocks.get("tried")
     assert isinstance(dropped, list)
@@ -207,9 +215,10 @@ def _perplexity(ledger: Ledger, when: str) -> float | None:
 
 
 def _notes(commit: Commit) -> dict[str, dict[str, float]]:
-    """What methods noted of one block, by linear, and of its neurons."""
-    neurons = {} if commit.cut is None else {f"neurons.{name}": value for name, value in commit.cut.notes.items()}
-    noted = {"neurons": neurons, **{name: record.notes for name, record in commit.linears.items()}}
+    """What methods noted of one block, by linear, and of its neurons and heads."""
+    cuts = {} if commit.cut is None else {"neurons": commit.cut, "heads": commit.cut.heads}
+    units = {what: {f"{what}.{name}": value for name, value in cut.notes.items()} for what, cut in cuts.items() if cut}
+    noted = {**units, **{name: record.notes for name, record in commit.linears.items()}}
     return {name: notes for name, notes in noted.items() if notes}
 
 

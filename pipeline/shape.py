@@ -1,18 +1,20 @@
-"""The shape of a smaller model: which blocks of the dense one it keeps, and what its config.json then says.
+"""The shape of a smaller model: which blocks of the dense one it keeps, how wide, and what its config.json then says.
 
 What a config says for each block (its kind of attention, …) is sliced with the blocks. Old configs imply such lists by
 a rule over all blocks, which a smaller model would apply anew: they are written out, as the dense model has them.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from pydantic import JsonValue, TypeAdapter
 from transformers import PretrainedConfig
 
 from pipeline.anatomy import BIAS_KEY, WIDTH_KEY
+from pipeline.attention import HeadLayout
 from pipeline.block_widths import BY_BLOCK_KEY, Width, settings_by_block
 from pipeline.errors import UnsupportedCheckpoint
+from pipeline.head_config import head_settings
 
 BY_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers")
 """Settings with one entry a block."""
@@ -33,6 +35,9 @@ class Shape:
     mlp_bias: bool = False
     """Whether the linears of every FFN have biases that they have not in the dense model."""
 
+    heads: HeadLayout | None = None
+    """Of every attention, or None where they are those of the dense model."""
+
     @classmethod
     def from_data(cls, data: JsonValue) -> "Shape":
         """Read what `as_data` has written."""
@@ -45,7 +50,9 @@ class Shape:
     def as_data(self) -> dict[str, JsonValue]:
         """Return plain data."""
         width: JsonValue = list(self.width) if isinstance(self.width, tuple) else self.width
-        return {"kept": list(self.kept), "width": width, **({"mlp_bias": True} if self.mlp_bias else {})}
+        biases: dict[str, JsonValue] = {"mlp_bias": True} if self.mlp_bias else {}
+        heads: dict[str, JsonValue] = {} if self.heads is None else {"heads": asdict(self.heads)}
+        return {"kept": list(self.kept), "width": width, **biases, **heads}
 
 
 def without_last(num_blocks: int, num_dropped: int) -> Shape:
@@ -57,7 +64,8 @@ def without_last(num_blocks: int, num_dropped: int) -> Shape:
 def edited_settings(config: PretrainedConfig, written: Mapping[str, JsonValue], shape: Shape) -> dict[str, JsonValue]:
     """Return what config.json says of a model of this shape: as `written`, but for what the shape changes.
 
-    config: the dense model's, as loaded. Raises UnsupportedCheckpoint where it has a list by block of another length.
+    config: the dense model's, as loaded. Raises UnsupportedCheckpoint where it has a list by block of another length,
+    ConfigError where stock transformers would not load so many heads.
     """
     known = config.to_dict()
     name = config.attribute_map.get(_NUM_BLOCKS, _NUM_BLOCKS)
@@ -78,4 +86,4 @@ def edited_settings(config: PretrainedConfig, written: Mapping[str, JsonValue], 
                 "them belong to the blocks that stay: correct the list"
             )
         settings[listed] = [entries[block] for block in shape.kept]
-    return settings
+    return settings if shape.heads is None else head_settings(config, settings, shape.heads)

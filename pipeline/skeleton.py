@@ -19,6 +19,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pipeline.anatomy import WIDTH_KEY
+from pipeline.attention import HeadLayout
 from pipeline.block_widths import take_widths
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError, NumericsError, UnsupportedCheckpoint
@@ -90,14 +91,15 @@ class Skeleton:
         self.fill(block, self.block_names(index), source)
         return block
 
-    def reshape_block(self, index: int, width: int) -> nn.Module:
-        """Put a block with so many neurons, built without weights by its own class, in the place of a dense one.
+    def reshape_block(self, index: int, width: int, heads: HeadLayout | None = None) -> nn.Module:
+        """Put a block with so many neurons, built without weights by its own class, in the place of a larger one.
 
-        It stays there until it is released. Returns the dense block, whose weights are as they were.
+        heads: where they are not those of the dense block. It stays there until it is released. Returns the larger
+        block, whose weights are as they were.
         """
         dense: nn.Module = self.blocks[index]
         config = deepcopy(self.model.config)
-        setattr(config, WIDTH_KEY, width)
+        config.update({WIDTH_KEY: width} | (heads.settings if heads else {}))
         config._attn_implementation = self.model.config._attn_implementation  # a copy forgets it, and the causal mask
         build: Any = type(dense)
         with init_empty_weights(include_buffers=False):
@@ -105,7 +107,7 @@ class Skeleton:
         for name, buffer in dense.named_buffers():
             owner, leaf = _owner(narrow, name)
             owner._buffers[leaf] = buffer
-        self._dense_blocks[index] = dense
+        self._dense_blocks.setdefault(index, dense)
         self.blocks[index] = narrow
         return dense
 

@@ -83,7 +83,8 @@ class Trials:
                 sequences=config.calibration.sequences - self.num_held_out,
             ),
             prune=PruneConfig(
-                sparsity=self.step.ratio or config.prune.sparsity, recipe=({self.step.method: options},)
+                sparsity=self.step.ratio or config.prune.sparsity, recipe=({self.step.method: options},),
+                within_block=config.prune.within_block if self.step.heads else "joint",
             ),
             compute=config.compute.model_copy(update=compute),
             memory=config.memory.model_copy(update={"spool": None}),

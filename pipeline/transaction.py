@@ -29,6 +29,7 @@ from pipeline.peers import Peers
 from pipeline.progress import Progress
 from pipeline.prune_block import apply_recipe
 from pipeline.records import Commit
+from pipeline.remains import heads_left_by
 from pipeline.shard_names import block_shard
 from pipeline.shards import ShardReader
 from pipeline.shelf import Shelf
@@ -162,7 +163,8 @@ class Transaction:
             self._weights.load(index)
             self._advance_dense(index)
         with self._shelf.take_out(commit) as path, ShardReader(path) as shard:
-            self._weights.load(index, shard, None if commit.cut is None else commit.cut.width)
+            width = None if commit.cut is None else commit.cut.width
+            self._weights.load(index, shard, width, heads_left_by(self._skeleton, commit))
         for sequences, hidden_BTD in self._streams.pruned.stream(self._order.batch, self._skeleton.device):
             self._advance(index, sequences, hidden_BTD, f"pruned block {index}", outlet)
         self.drop(index)

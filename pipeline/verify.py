@@ -15,9 +15,11 @@ import torch
 
 from pipeline.allocation import STEPS
 from pipeline.assemble import OUTSIDE
+from pipeline.attention import HeadLayout
 from pipeline.block_widths import Width, each_width, width_at
 from pipeline.checkpoint import INDEX_NAME, Checkpoint
 from pipeline.errors import VerificationError
+from pipeline.head_count import heads_left
 from pipeline.ledger import Ledger
 from pipeline.linears import find_linears
 from pipeline.methods.step import Shapes, Step, num_weights
@@ -26,7 +28,7 @@ from pipeline.numerics import all_finite
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.records import Commit, LinearRecord
-from pipeline.remains import remains_of
+from pipeline.remains import heads_left_by, remains_of
 from pipeline.shape import Shape
 from pipeline.shards import hash_file
 from pipeline.skeleton import Skeleton
@@ -112,10 +114,11 @@ def _smaller(ledger: Ledger, dense: Skeleton, left: Skeleton, output: Checkpoint
     if gone not in wanted:
         yield f"{gone} of {dense.num_blocks} blocks are gone, and {' or '.join(map(str, wanted))} were to go"
     if left is not dense and output.settings() != left.checkpoint.settings():
-        yield "config.json is not the source's with the blocks taken out that are gone, and its neurons"
+        yield "config.json is not the source's with the blocks taken out that are gone, and its neurons and heads"
     if recipe.shape is not None:
         asked = width_left(recipe.shape, dense, gone, recipe.part_removed(target))
         chosen = Shape.from_data(ledger.header.config["shape"]).width
+        yield from _heads(ledger, heads_left(recipe.shape, dense), dense)
         yield from _widths(ledger, asked, chosen if recipe.shape.widths_differ else asked, left.num_blocks)
 
 
@@ -129,6 +132,14 @@ def _widths(ledger: Ledger, asked: Width | None, chosen: Width | None, num_block
         expected = None if chosen is None else width_at(chosen, index)
         if found != expected:
             yield f"block {index} keeps {found or 'all'} neurons, and {expected or 'all'} were to stay"
+
+
+def _heads(ledger: Ledger, asked: HeadLayout | None, dense: Skeleton) -> Iterator[str]:
+    """Hold the heads of each block against what was asked."""
+    for index, commit in ledger.commits.items():
+        found = heads_left_by(dense, commit)
+        if found != asked:
+            yield f"block {index} keeps {found or 'all heads'}, and {asked or 'all'} were to stay"
 
 
 def _asked(ledger: Ledger) -> tuple[Recipe, Sparsity, bool]:
@@ -154,7 +165,7 @@ def _names_and_shapes(output: Checkpoint, skeleton: Skeleton, ledger: Ledger) ->
 
 
 def _narrow(skeleton: Skeleton, ledger: Ledger) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors that have lost neurons, by their names."""
+    """Return the shapes of the tensors that have lost neurons or heads, by their names."""
     return {
         skeleton.block_names(index)[own]: shape
         for index, commit in ledger.commits.items()
@@ -250,8 +261,8 @@ def _block(commit: Commit, skeleton: Skeleton, index: int, output: Checkpoint) -
             yield from _pruned(name, linear.to_rows(found), linear.to_rows(source), commit.linears[linear.name])
         elif not all_finite(found):
             yield f"{name} holds NaN or Inf"
-        elif own != remains.folded and not torch.equal(found, source):
-            yield f"{name} was only to lose neurons, but what is left of it differs from the source"
+        elif own not in remains.folded and not torch.equal(found, source):
+            yield f"{name} was only to lose {remains.lost(own)}, but what is left of it differs from the source"
 
 
 def _pruned(name: str, pruned_OD: torch.Tensor, source_OD: torch.Tensor, record: LinearRecord) -> Iterator[str]:

@@ -20,6 +20,7 @@ from types import TracebackType
 import torch
 from torch import nn
 
+from pipeline.attention import HeadLayout
 from pipeline.budget import Budget, Lease
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import CheckpointError
@@ -121,10 +122,16 @@ class BlockWeights:
             lease = self._lease_of_staging(index)
             self._coming[index] = (self._reader.submit(self._read, index, self._pager), lease)
 
-    def load(self, index: int, source: TensorSource | None = None, width: int | None = None) -> nn.Module:
+    def load(
+        self,
+        index: int,
+        source: TensorSource | None = None,
+        width: int | None = None,
+        heads: HeadLayout | None = None,
+    ) -> nn.Module:
         """Put a block's weights where blocks run: the checkpoint's, or those of another source with its names.
 
-        width: how many neurons the block has in that source, where they are fewer than in the checkpoint.
+        width, heads: of the block in that source, where they are fewer than in the checkpoint.
         """
         began = perf_counter()
         try:
@@ -133,7 +140,7 @@ class BlockWeights:
                 return self._adopt(index)
             self._take_device(index)
             if width is not None:
-                self._skeleton.reshape_block(index, width)
+                self._skeleton.reshape_block(index, width, heads)
             return self._skeleton.load_block(index, source or self._skeleton.checkpoint)
         finally:
             self.waited += perf_counter() - began

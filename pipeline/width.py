@@ -7,6 +7,7 @@ from math import prod
 from pipeline.anatomy import MLPS, WIDTH_KEY, mlp_of
 from pipeline.block_widths import Width, each_width, level, widths_written
 from pipeline.errors import ConfigError
+from pipeline.head_count import heads_left, heads_numel, heads_of
 from pipeline.methods.structured.narrowing import Narrowing
 from pipeline.methods.structured.shape_step import ShapeStep
 from pipeline.methods.structured.widths import rounded_width, share_of_neurons, widths_by_importance
@@ -41,16 +42,17 @@ def width_left(
 ) -> Width | None:
     """Return how many neurons every block that stays is to keep; None where whole blocks are all that goes.
 
-    ratio: the part of all blocks' parameters that goes; importance: of the blocks that stay, where each gets a width
-    of its own. As long as it is not known all count alike: what goes of all blocks together is the same. Raises
-    ConfigError for families whose neurons are not known, and where that part leaves too few of them.
+    ratio: the part of all blocks' parameters that goes; what heads do not give of it, neurons do. importance: of the
+    blocks that stay, where each gets a width of its own. As long as it is not known all count alike: what goes of all
+    blocks together is the same. Raises ConfigError for families whose neurons or heads are not known, and where that
+    part leaves too few neurons, or none to go.
     """
     if not isinstance(step, Narrowing):
         return None
     width = num_neurons(dense)
     share = share_of_neurons(
         ratio, num_blocks=dense.num_blocks, num_dropped=num_dropped, block_numel=dense.block_numel(0),
-        neuron_numel=neuron_numel(dense), width=width,
+        neuron_numel=neuron_numel(dense), width=width, heads_numel=heads_numel(dense, heads_left(step, dense)),
     )  # fmt: skip
     if not share:
         return None
@@ -87,20 +89,22 @@ def part_gone(dense: Skeleton, left: Skeleton) -> float:
 
 
 def weights_gone(skeleton: Skeleton) -> list[int]:
-    """Return how many weights of each block's linears go with its neurons; biases are none."""
+    """Return how many weights of each block's linears go with its neurons and heads; biases are none."""
     width, tensors = width_of(skeleton), skeleton.checkpoint.tensors
     if width is None:
         return [0] * skeleton.num_blocks
     mlp, dense = mlp_of(skeleton.model.config), num_neurons(skeleton)
     touched = [tensors[stored].shape for own, stored in skeleton.block_names(0).items() if mlp.touches(own)]
     of_neuron = sum(prod(shape) for shape in touched if len(shape) == 2) // dense
-    return [(dense - left) * of_neuron for left in each_width(width, skeleton.num_blocks)]
+    of_heads = heads_numel(skeleton, heads_of(skeleton), num_dimensions=2)
+    return [(dense - left) * of_neuron + of_heads for left in each_width(width, skeleton.num_blocks)]
 
 
 def _num_gone(skeleton: Skeleton) -> int:
-    """Parameters that go with the neurons of all blocks."""
-    width = width_of(skeleton)
+    """Parameters that go with the neurons and heads of all blocks."""
+    width, heads = width_of(skeleton), heads_numel(skeleton, heads_of(skeleton))
     if width is None:
-        return 0
+        return 0  # heads go with neurons alone
     num_left = sum(each_width(width, skeleton.num_blocks))
-    return (skeleton.num_blocks * num_neurons(skeleton) - num_left) * neuron_numel(skeleton)
+    neurons = (skeleton.num_blocks * num_neurons(skeleton) - num_left) * neuron_numel(skeleton)
+    return neurons + skeleton.num_blocks * heads

@@ -54,15 +54,14 @@ class Workbench:
         """Hold on to no weights of a block that is about to be replaced."""
         self.weights, self.others = {}, {}
 
-    def replace(self, block: nn.Module, cut: Cut) -> None:
+    def replace(self, block: nn.Module, reader: str, keep_D: torch.Tensor) -> None:
         """Go on with what is left of the block: the steps to come see a smaller dense one.
 
-        The statistics of its neurons are those of the neurons that are left, exactly: what makes up for the others is
-        in the weights that read them, not in these inputs.
+        reader: the linear that has lost input features; keep_D: those that are left, bool. Their statistics are what
+        they were, exactly: what makes up for the others is in the weights that read them, not in these inputs.
         """
-        self.cut = cut
         self._lay_out(block)
-        self.gathered(cut.mlp.reader).narrow(cut.keep_U.nonzero()[:, 0].to(self._device))
+        self.gathered(reader).narrow(keep_D.nonzero()[:, 0].to(self._device))
 
     @property
     def num_replicas(self) -> int:
@@ -127,10 +126,12 @@ class Workbench:
         """Return a statistic of a linear's inputs."""
         return self.gathered(name).of(kind)
 
-    def collect_again(self, group: Sequence[Linear], kinds: Sequence[type[Statistic]], batch: int) -> Gathered:
-        """Gather statistics of an input anew, with the block as the steps have left it so far."""
+    def collect_again(
+        self, group: Sequence[Linear], kinds: Sequence[type[Statistic]], batch: int, num_sequences: int | None = None
+    ) -> Gathered:
+        """Gather statistics of an input anew, of the first sequences or all, with the block as it is by now."""
         collector, makers = Collector(group, kinds), self._pruned_so_far()
-        for _, hidden_BTD in self._inputs.stream(batch, self._device):
+        for _, hidden_BTD in self._inputs.stream(batch, self._device, num_sequences):
             with torch.no_grad(), collector.watching(self._block, to_the_end=False):
                 self._stream.run_block(self._index, hidden_BTD, makers)
         collector.sum_over(self.peers)

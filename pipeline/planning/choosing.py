@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from pipeline.config import RunConfig
+from pipeline.head_count import heads_left
 from pipeline.methods.structured.shape_step import ShapeStep
 from pipeline.narrower import narrowed
 from pipeline.shape import without_last
@@ -66,5 +67,8 @@ def planned_shape(config: RunConfig, dense: Skeleton) -> tuple[Skeleton, Choosin
     width = width_left(step, dense, num_dropped, ratio)
     settled = kept is not None or not (num_dropped or (step.widths_differ and width is not None))
     choosing = None if settled else choosing_of(step, dense.num_blocks, num_dropped)
-    shape = replace(without_last(dense.num_blocks, num_dropped), width=width, mlp_bias=adds_biases(step, dense, width))
+    shape = replace(
+        without_last(dense.num_blocks, num_dropped), width=width, mlp_bias=adds_biases(step, dense, width),
+        heads=heads_left(step, dense),
+    )  # fmt: skip
     return narrowed(dense, shape), choosing

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 
 from pipeline.anatomy import mlp_of
+from pipeline.attention import attention_of
+from pipeline.head_count import heads_of
 from pipeline.linears import Linear
 from pipeline.planning.work import Linears, shapes_of
 from pipeline.skeleton import Skeleton
@@ -18,10 +20,12 @@ def shapes_left(skeleton: Skeleton, groups: Sequence[Sequence[Linear]]) -> tuple
     width = mean_width(skeleton)
     if width is None:
         return None
-    mlp = mlp_of(skeleton.model.config)
+    mlp, heads = mlp_of(skeleton.model.config), heads_of(skeleton)
 
     def left(name: str, shape: tuple[int, int]) -> tuple[int, int]:
         num_rows, num_columns = shape
+        if heads is not None and (attention := attention_of(skeleton.model.config)).touches(f"{name}.weight"):
+            return attention.shape_left(name, shape, heads)
         return (
             mlp.num_parts * width if name in mlp.makers else num_rows,
             width if name == mlp.reader else num_columns,

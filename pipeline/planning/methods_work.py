@@ -126,30 +126,37 @@ def _reconstruct(work: Workload, step: Step) -> Pruning:
 
 
 def _narrowing(work: Workload, step: Step) -> Pruning:
-    """Every replica chooses and mends; they share the runs of the block that recoveries are judged by.
-
-    With U neurons, K of which stay, and O rows that read them: `selection` tells what its rounds take; a mask or a
-    solution for each damping takes a matrix of the pairs of those that stay, and its factor.
-    """
+    """Every replica chooses and mends; they share the runs of the block that recoveries are judged by."""
     assert isinstance(step, Narrowing)
     if work.left is None:
         return Pruning()  # whole blocks are all that goes
-    num_neurons, num_kept, num_rows = work.num_neurons, work.cut.num_neurons, work.groups[-1][-1][0]
-    num_gone = num_neurons - num_kept
-    matrices = Count()
-    if step.neuron_metric in ("condition", "kappa"):
-        products = 2.0 * num_rows * num_neurons**2 + 2.0 * num_neurons**2 * num_gone
-        matrices += Count(double=products, double_factor=4 / 3 * num_neurons**3)
-    if step.recovery == "mask":
-        each = 2.0 * num_rows * (num_neurons**2 + num_kept**2)
-        matrices += Count(double=each, double_factor=num_kept**3 / 3).times(len(DAMPINGS))
-    if step.recovery == "lstsq":
-        each = 2.0 * num_rows * num_kept * (num_gone + num_kept)
-        matrices += Count(double=each, double_factor=num_kept**3 / 3).times(len(DAMPINGS))
-    num_judged = work.num_sequences - step.num_fitted(work.num_sequences)
+    matrices = _units(step, work.groups[-1][-1][0], work.num_neurons, work.cut.num_neurons)
+    if step.heads:
+        matrices += _units(step, work.groups[1][-1][0], work.num_head_features, work.cut.num_head_features, few=True)
+    num_judged = (work.num_sequences - step.num_fitted(work.num_sequences)) * (2 if step.heads else 1)
     runs = (1 + step.num_recoveries) * num_judged / work.num_sequences if step.needs_targets else 0.0
     judged = Count(gemm=runs * work.forward_flops, hidden_read=round(2 * runs * work.boundary_bytes))
     return Pruning(shared=judged, repeated=matrices)
+
+
+def _units(step: Narrowing, num_rows: int, num_features: int, num_kept: int, *, few: bool = False) -> Count:
+    """Count the choice among units (of some features, so many of which stay) that as many rows read, and its mending.
+
+    `selection` tells what its rounds take; a mask or a solution for each damping takes a matrix of the pairs of those
+    that stay, and its factor. few: there are so few of them (heads) that what takes pairs of units takes nothing.
+    """
+    num_units, left, num_gone = (0, 0, 0) if few else (num_features, num_kept, num_features - num_kept)
+    found = Count()
+    if step.neuron_metric in ("condition", "kappa"):
+        products = 2.0 * num_rows * num_features**2 + 2.0 * num_units**2 * num_gone
+        found += Count(double=products, double_factor=4 / 3 * num_units**3)
+    if step.recovery == "mask":
+        each = 2.0 * num_rows * (num_features**2 + num_kept**2)
+        found += Count(double=each, double_factor=left**3 / 3).times(len(DAMPINGS))
+    if step.recovery == "lstsq":
+        each = 2.0 * num_rows * num_kept * num_features
+        found += Count(double=each, double_factor=num_kept**3 / 3).times(len(DAMPINGS))
+    return found
 
 
 _PRUNING: dict[type[Step], Callable[[Workload, Step], Pruning]] = {

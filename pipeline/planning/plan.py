@@ -16,11 +16,13 @@ from typing import Any
 import psutil
 import torch
 
+from pipeline.attention import HeadLayout
 from pipeline.budget import Place
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import RunConfig
 from pipeline.devices import choose_device, choose_dtype, free_bytes
 from pipeline.errors import BudgetExceeded
+from pipeline.head_count import heads_of
 from pipeline.memory_config import MemoryConfig
 from pipeline.paging.engines import open_pager
 from pipeline.paging.spool import existing
@@ -108,7 +110,7 @@ class Plan:
     """Passes of all calibration sequences through all blocks, counting a backward pass as two."""
 
     part_gone: float
-    """Of all blocks' parameters: what goes for good with whole blocks and neurons, rounded widths and all."""
+    """Of all blocks' parameters: what goes for good with whole blocks, heads and neurons, rounded widths and all."""
 
     num_trials: int
     """Runs that try splits between whole blocks and neurons first, counted in all figures; the rest of them is of the
@@ -119,6 +121,16 @@ class Plan:
 
     widths_differ: bool
     """Whether each block gets a width of its own, which is not known yet."""
+
+    heads: HeadLayout | None
+    """Heads that are left in every attention, where some of them go."""
+
+    @property
+    def left(self) -> str:
+        """What is left of the blocks, in words."""
+        about, heads = "about " if self.widths_differ else "", f" and {self.heads}" if self.heads else ""
+        each = f" of {about}{self.width:,} neurons{heads}" if self.width else ""
+        return f"{self.num_blocks} blocks{each}; {self.part_gone:.2%} of all blocks' parameters go"
 
     @property
     def fit(self) -> Fit:
@@ -163,6 +175,7 @@ def make_plan(config: RunConfig, directory: Path, speeds: Speeds | None, baselin
             part_gone=part_gone(dense, skeleton),
             width=mean_width(skeleton),
             widths_differ=shape is not None and shape.widths_differ,
+            heads=heads_of(skeleton),
             working_sets=working_sets(phases),
             forward_passes=forward_passes(scale) + scale.surveys + (trials.forward_passes if trials else 0.0),
             num_trials=trials.num_runs if trials else 0,

@@ -126,6 +126,11 @@ class Workload:
         return self.widths[-1]
 
     @property
+    def num_head_features(self) -> int:
+        """Of the query heads: features that the attention's last linear reads, which runs second of all."""
+        return self.widths[1] if len(self.widths) > 1 else 0
+
+    @property
     def all_tokens(self) -> int:
         """Tokens of all sequences."""
         return self.num_sequences * self.num_tokens
@@ -185,15 +190,17 @@ def count_survey(work: Workload) -> Count:
 
 def count_again(work: Workload, recipe: Recipe) -> Count:
     """Count how statistics are gathered anew, input by input, by runs that end where that input is reached."""
-    if recipe.within_block == "joint" or not recipe.statistics:
+    if recipe.within_block == "joint":
         return Count()
-    work = work.cut
-    flops = gram = 0.0
-    for number, group in enumerate(work.groups[1:], start=1):
-        before = sum(weights_of(earlier) for earlier in work.groups[:number]) + work.num_tokens * work.hidden
-        flops += 2.0 * work.all_tokens * before
-        gram += 2.0 * work.all_tokens * group[0][1] ** 2 if Gram in recipe.statistics else 0.0
-    return Count(gemm=flops, gram=gram, hidden_read=(len(work.groups) - 1) * work.boundary_bytes)
+    again, left, narrowing = Count(), work.cut, recipe.narrowing
+    if narrowing is not None and narrowing.heads:  # once these are gone, for the neurons; their pairs count in collect
+        part = narrowing.num_fitted(work.num_sequences) / work.num_sequences
+        again = Count(gemm=part * work.collect_flops, hidden_read=round(part * work.boundary_bytes))
+    for number, group in enumerate(left.groups[1:], start=1) if recipe.statistics else ():
+        before = sum(weights_of(earlier) for earlier in left.groups[:number]) + work.num_tokens * work.hidden
+        gram = 2.0 * work.all_tokens * group[0][1] ** 2 if Gram in recipe.statistics else 0.0
+        again += Count(gemm=2.0 * work.all_tokens * before, gram=gram, hidden_read=work.boundary_bytes)
+    return again
 
 
 def count_collect(work: Workload, recipe: Recipe) -> Count:
@@ -212,7 +219,8 @@ def count_collect(work: Workload, recipe: Recipe) -> Count:
         flops, traffic = flops + work.forward_flops, traffic + Count(hidden_read=boundary, hidden_written=boundary)
     gram = 2.0 * work.all_tokens * gram_numel(work) if Gram in recipe.statistics else 0.0
     if recipe.narrowing is not None and Gram in recipe.neuron_statistics:
-        gram += 2.0 * recipe.narrowing.num_fitted(work.num_sequences) * work.num_tokens * work.num_neurons**2
+        num_pairs = sum(width**2 for width in read_units(work, recipe))
+        gram += 2.0 * recipe.narrowing.num_fitted(work.num_sequences) * work.num_tokens * num_pairs
     return Count(gemm=flops, gram=gram) + traffic
 
 
@@ -236,8 +244,15 @@ def count_propagate(work: Workload) -> Count:
 
 def statistics_bytes(work: Workload, recipe: Recipe) -> int:
     """Return the size of all statistics of a block."""
-    of_neurons = sum(kind.bytes_of(work.num_neurons) for kind in recipe.neuron_statistics)
-    return of_neurons + sum(kind.bytes_of(width) for kind in recipe.statistics for width in work.widths)
+    of_units = sum(kind.bytes_of(n) for kind in recipe.neuron_statistics for n in read_units(work, recipe))
+    return of_units + sum(kind.bytes_of(width) for kind in recipe.statistics for width in work.widths)
+
+
+def read_units(work: Workload, recipe: Recipe) -> list[int]:
+    """Return how many features the linears read that are looked at where neurons go, and heads too where some do."""
+    if recipe.narrowing is None:
+        return []
+    return [work.num_neurons, *([work.num_head_features] if recipe.narrowing.heads else [])]
 
 
 def gram_numel(work: Workload) -> int:

@@ -4,14 +4,24 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from pipeline.methods.structured.heads import HeadLayout, HeadUnit, KeptHeads, select_heads
-from pipeline.methods.structured.selection import Rounds
+from pipeline.attention import HeadLayout, HeadUnit, KeptHeads
+from pipeline.methods.structured.mask_problem import MaskProblem
+from pipeline.methods.structured.selection import Rounds, Selection, select
 from tests import removal
 from tests.correlated import distance, inputs, normal
 
 LAYOUT = HeadLayout(num_heads=6, num_groups=3, head_dim=4)
 UNITS = pytest.mark.parametrize("unit", ["group", "query"])
 HIDDEN = 10
+
+
+def select_heads(
+    weight_OD: torch.Tensor, gram_DD: torch.Tensor, unit: HeadUnit, how: Rounds
+) -> tuple[MaskProblem, Selection, KeptHeads]:
+    """One unit of every pool goes."""
+    problem = MaskProblem(weight_OD=weight_OD, gram_DD=gram_DD, unit_size=LAYOUT.unit_size(unit))
+    selection = select(problem, 1, how, LAYOUT.num_pools(unit))
+    return problem, selection, LAYOUT.kept(selection.keep_U, unit)
 
 
 class Attention:
@@ -50,8 +60,8 @@ def attention() -> Attention:
 def test_the_smaller_attention_is_the_dense_one_without_those_heads(unit: HeadUnit) -> None:
     dense, hidden_TD = attention(), inputs(HIDDEN, 12).double()
     heads_TD = dense.heads(hidden_TD)
-    problem = LAYOUT.problem(dense.o, heads_TD.T @ heads_TD, unit)
-    selection, kept = select_heads(problem, LAYOUT, 1, unit, Rounds(mask_var_max=float("inf")))
+    how = Rounds(mask_var_max=float("inf"))
+    problem, selection, kept = select_heads(dense.o, heads_TD.T @ heads_TD, unit, how)
     size = problem.unit_size
     expected_TD = (heads_TD * selection.keep_U.repeat_interleave(size)) @ dense.o.T
     smaller = dense.cut(kept)
@@ -63,8 +73,8 @@ def test_the_smaller_attention_is_the_dense_one_without_those_heads(unit: HeadUn
 @UNITS
 def test_heads_are_judged_by_what_removing_them_and_tuning_the_rest_costs(unit: HeadUnit) -> None:
     weight_OD, x_TD = normal(HIDDEN, 24), inputs(24, 60)
-    problem = LAYOUT.problem(weight_OD, x_TD.double().T @ x_TD.double(), unit)
-    selection, _ = select_heads(problem, LAYOUT, 1, unit, Rounds(mask_var_max=float("inf")))
+    how = Rounds(mask_var_max=float("inf"))
+    problem, selection, _ = select_heads(weight_OD, x_TD.double().T @ x_TD.double(), unit, how)
     rises = removal.rises(removal.carried(weight_OD, x_TD, problem.unit_size), ridge=problem.ridge(0.01))
     lowest = rises.view(1 if unit == "group" else LAYOUT.num_groups, -1).argmin(dim=1)
     assert (~selection.keep_U.view(len(lowest), -1)).int().argmax(dim=1).tolist() == lowest.tolist()
@@ -72,9 +82,9 @@ def test_heads_are_judged_by_what_removing_them_and_tuning_the_rest_costs(unit: 
 
 @pytest.mark.parametrize(("unit", "left"), [("group", (4, 2)), ("query", (3, 3))])
 def test_groups_stay_of_one_size(unit: HeadUnit, left: tuple[int, int]) -> None:
-    problem = LAYOUT.problem(normal(HIDDEN, 24), torch.eye(24), unit)
-    _, kept = select_heads(problem, LAYOUT, 1, unit, Rounds())
+    _, _, kept = select_heads(normal(HIDDEN, 24), torch.eye(24), unit, Rounds())
     assert (kept.remaining.num_heads, kept.remaining.num_groups) == left
+    assert kept.remaining == LAYOUT.without(1, unit)
     by_group = kept.keep_H.view(LAYOUT.num_groups, -1).sum(dim=1)
     assert len(by_group[kept.keep_G].unique()) == 1
 

@@ -16,7 +16,7 @@ from pipeline.peers import Alone
 from pipeline.prune_block import apply_recipe
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.sparsity import SemiStructured, Sparsity, Unstructured
-from pipeline.statistics import Statistic
+from pipeline.statistics import Gram, Statistic
 from pipeline.stream_names import StreamName
 from pipeline.workbench import Workbench
 from tests import reference
@@ -76,6 +76,15 @@ def pruned(recipe: Recipe, sparsity: Sparsity = HALF) -> tuple[Laid, dict[str, P
 
 def recipe_of(*names: str, within_block: Any) -> Recipe:
     return parse_recipe(list(names), HALF, within_block)
+
+
+def test_statistics_are_gathered_anew_of_the_first_sequences_alone_where_others_are_held_out() -> None:
+    laid = Laid(recipe_of("sparsegpt", within_block="joint"))
+    down = [linear for linear in find_linears(laid.block) if linear.name == "down"]
+    gram = laid.bench.collect_again(down, [Gram], 4, 5).of(Gram)
+    x_TD = laid.inputs_of_down(laid.block.gate.weight, laid.block.up.weight)[:50]
+    assert gram.num_tokens == 50
+    torch.testing.assert_close(gram.gram_DD, x_TD.T @ x_TD, rtol=1e-4, atol=1e-4)
 
 
 def wandas_choice(weight_OD: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:

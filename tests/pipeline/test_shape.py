@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config
 
+from pipeline.attention import HeadLayout
 from pipeline.errors import UnsupportedCheckpoint
 from pipeline.shape import Shape, edited_settings, without_last
 
@@ -43,6 +44,15 @@ def test_lists_by_block_are_sliced_and_those_that_a_rule_makes_are_written_out()
     assert listed == [alternating[block] for block in KEPT.kept]
 
 
+def test_heads_that_are_left_are_written_as_stock_transformers_takes_them() -> None:
+    two = Shape(kept=(0, 3, 5), width=8, heads=HeadLayout(num_heads=2, num_groups=1, head_dim=8))
+    found = edited_settings(LlamaConfig(**SIX), SIX, two)
+    assert found == {
+        **SIX, "num_hidden_layers": 3, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "head_dim": 8,
+    }  # fmt: skip
+
+
 def test_a_list_of_another_length_is_refused() -> None:
     config = LlamaConfig(**SIX)
     config.layer_types = ["full_attention"] * 5
@@ -52,7 +62,8 @@ def test_a_list_of_another_length_is_refused() -> None:
 
 def test_a_shape_survives_as_plain_data_and_knows_what_is_gone() -> None:
     biased, uneven = Shape(kept=(0, 1), width=8, mlp_bias=True), Shape(kept=(0, 1), width=(8, 9))
-    for shape in (KEPT, Shape(kept=(0, 1), width=8), biased, uneven):
+    headless = Shape(kept=(0,), width=8, heads=HeadLayout(num_heads=3, num_groups=1, head_dim=8))
+    for shape in (KEPT, Shape(kept=(0, 1), width=8), biased, uneven, headless):
         assert Shape.from_data(shape.as_data()) == shape
     assert KEPT.dropped(6) == (1, 2, 4)
 

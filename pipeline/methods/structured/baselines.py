@@ -36,6 +36,12 @@ def fluctuation(weight_OD: torch.Tensor, variance_D: torch.Tensor) -> torch.Tens
     return weight_OD.double().square().sum(dim=0) * variance_D.double()
 
 
+def flap_of_units(weight_OD: torch.Tensor, variance_D: torch.Tensor, unit_size: int = 1) -> torch.Tensor:
+    """Return FLAP's score of neurons, or of units of several features (heads), float64 [U]: the mean of squares."""
+    score_D = fluctuation(weight_OD, variance_D)
+    return score_D if unit_size == 1 else score_D.square().view(-1, unit_size).mean(dim=1)
+
+
 def standardised(score_D: torch.Tensor) -> torch.Tensor:
     """Return scores less their mean, over their standard deviation; zeros where all are equal."""
     difference_D = score_D - score_D.mean()

@@ -1,22 +1,27 @@
-"""The step that makes blocks narrower: neurons go by a metric, and what is left is mended in closed form.
+"""The step that makes blocks narrower: neurons and heads go by a metric, and what is left is mended in closed form.
 
     choose    which neurons stay, by the matrix condition (COMP) or a simpler score
     mend      several recoveries are worked out from the sequences that are learnt from
     judge     each is run on the sequences held out, against the dense block; where none helps, none is taken
 
-Shapes: O = out features of the linear that reads the neurons, U = neurons, K = those that are kept.
+Heads of the attention are units of several features, of which the linear that reads them is judged, and mended, as
+that of the neurons is. They go first: the error that neurons are judged by is that of the block without these heads.
+
+Shapes: O = out features of the linear that reads the units, U = units (neurons, or heads), D = its in features (U, but
+for heads), K = those that are kept.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Literal, cast
+from typing import Literal, Self, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from pipeline.attention import HeadUnit
 from pipeline.methods.step import BlockView, Report, Shapes
-from pipeline.methods.structured.baselines import fluctuation, wanda_sp
+from pipeline.methods.structured.baselines import flap_of_units, wanda_sp
 from pipeline.methods.structured.judge import Judge, Mended
 from pipeline.methods.structured.mask_problem import SLAB_NUMEL, MaskProblem
 from pipeline.methods.structured.recovery import DAMPINGS, best_of, bias_of, folded, is_sound, solved
@@ -39,12 +44,18 @@ _MENDED_BY: dict[Recovery, tuple[type[Statistic], ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Neurons:
-    """The neurons of a block, and what is asked of them."""
+    """The neurons of a block, or the heads of its attention, and what is asked of them."""
 
     reader: str
     """The linear that reads them, by its name within the block."""
 
     num_kept: int
+    unit_size: int = 1
+    """Features of a unit: 1 for neurons."""
+
+    num_pools: int = 1
+    """Runs of units of equal length that lose as many each: the query heads of one head of keys and values."""
+
     gathered: Gathered
     """Statistics of the reader's inputs, over the sequences of all replicas that are to be learnt from."""
 
@@ -62,7 +73,7 @@ class CutBlock:
     """What is to be left of a block."""
 
     keep_U: torch.Tensor
-    """bool, True = kept."""
+    """bool, by unit, True = kept."""
 
     folded_OK: torch.Tensor | None = None
     """New values of the columns of the reader that are left, or None where they stay as they are."""
@@ -99,8 +110,27 @@ class Narrowing(SizedStep):
     multiple: int | None = Field(default=None, ge=1)
     """Of what number widths are to be multiples; absent: the largest of 256, 128, … 8 that costs little."""
 
+    heads: float = Field(default=0.0, ge=0, lt=1)
+    """The part of the attention's heads that goes in every block, rounded down to whole ones, at least one stays;
+    neurons give the rest of what is asked. 0 leaves the attention as it is. Heads go by the same metric and recovery, a
+    head being several columns that share an entry of the mask (2204.09656), before the neurons: with `within_block:
+    sequential` these see inputs of the attention that is left, with `joint` of the dense one."""
+
+    head_unit: HeadUnit = "group"
+    """What goes as one: a head of keys and values with all query heads that share it (`group`: the cache shrinks too),
+    or one query head of every such group (`query`)."""
+
     held_out: float = Field(default=0.125, gt=0, lt=1)
     """Part of the sequences that recoveries are judged on and not worked out from."""
+
+    @model_validator(mode="after")
+    def _heads_give_no_bias(self) -> Self:
+        if self.heads and self.recovery == "bias":
+            raise ValueError(
+                "`recovery: bias` makes up for neurons alone, and heads are to go; choose mask, lstsq or none, or "
+                "leave `heads` out"
+            )
+        return self
 
     def refusal(self, sparsity: Sparsity) -> str | None:
         """Refuse patterns: neurons and blocks go whole."""
@@ -133,8 +163,11 @@ class Narrowing(SizedStep):
         return num_sequences - max(1, round(self.held_out * num_sequences))
 
     def working_bytes(self, shapes: Shapes, groups: Sequence[Sequence[str]], dtype: torch.dtype) -> int:
-        """A matrix of the neurons' pairs, the weights that read them and the best recovery of these, in float64."""
-        num_rows, num_columns = shapes[groups[-1][-1]]
+        """A matrix of the features' pairs, the weights that read them and the best recovery of these, in float64."""
+        readers = [groups[-1][-1], *([groups[1][-1]] if self.heads and len(groups) > 1 else [])]
+        return max(self._working_bytes(*shapes[reader]) for reader in readers)
+
+    def _working_bytes(self, num_rows: int, num_columns: int) -> int:
         if Gram not in self.neuron_statistics:
             return 16 * num_rows * num_columns  # the weights, and their sizes
         matrices = 2 if Gram in _MENDED_BY[self.recovery] else 1
@@ -147,57 +180,60 @@ class Narrowing(SizedStep):
         Raises ConfigError where a recovery is asked for and no sequence can be held out to judge it by, NumericsError
         where the Gram matrix cannot be factorised.
         """
-        weight_OU = block.weights[neurons.reader]
-        selection = self._choose(weight_OU, neurons)
+        weight_OD = block.weights[neurons.reader]
+        selection = self._choose(weight_OD, neurons)
         keep_U = selection.keep_U
         block.from_the_first(keep_U)
         if not self.needs_targets:
             return CutBlock(keep_U=keep_U, notes=selection.notes)
-        judge = Judge(block, neurons.reader, neurons.num_fitted, keep_U)
+        judge = Judge(block, neurons.reader, neurons.num_fitted, keep_U.repeat_interleave(neurons.unit_size))
         best = best_of(self._recoveries(block, neurons, selection), judge.error)
         notes = {"error_before": judge.errors[0], "error_after": min(judge.errors), **best.figures}
         report({"error": notes["error_after"]})
         return CutBlock(keep_U=keep_U, folded_OK=best.folded_OK, bias_O=best.bias_O, notes={**selection.notes, **notes})
 
-    def _choose(self, weight_OU: torch.Tensor, neurons: Neurons) -> Selection:
-        num_pruned, gathered = weight_OU.shape[1] - neurons.num_kept, neurons.gathered
+    def _choose(self, weight_OD: torch.Tensor, neurons: Neurons) -> Selection:
+        gathered, size, pools = neurons.gathered, neurons.unit_size, neurons.num_pools
+        num_pruned = (weight_OD.shape[1] // size - neurons.num_kept) // pools
         if self.neuron_metric in _SCORED_BY:
             if self.neuron_metric == "flap":
-                score_U = fluctuation(weight_OU, gathered.of(Moments).variance_D)
+                score_U = flap_of_units(weight_OD, gathered.of(Moments).variance_D, size)
             else:
-                score_U = wanda_sp(weight_OU, gathered.of(ColumnSquares).squares_D)
-            keep_U = keep_without_lowest(score_U, num_pruned)
+                score_U = wanda_sp(weight_OD, gathered.of(ColumnSquares).squares_D, size)
+            keep_U = keep_without_lowest(score_U, num_pruned, pools)
             return Selection(keep_U=keep_U, mask_U=keep_U.double(), num_unmet=0, rise=0.0, notes={})
         rounds = Rounds(
             metric=cast(Metric, self.neuron_metric), num_rounds=self.rounds, damping=self.damping,
             mask_var_max=self.mask_var_max, at_bound="freeze",
         )  # fmt: skip
-        return select(MaskProblem(weight_OD=weight_OU, gram_DD=gathered.of(Gram).gram_DD), num_pruned, rounds)
+        problem = MaskProblem(weight_OD=weight_OD, gram_DD=gathered.of(Gram).gram_DD, unit_size=size)
+        return select(problem, num_pruned, rounds, pools)
 
     def _recoveries(self, block: BlockView, neurons: Neurons, selection: Selection) -> Iterator[Mended]:
         """Yield what may make up for the neurons, beginning with nothing; the same on every replica."""
         yield Mended(folded_OK=None)
-        weight_OU, keep_U = block.weights[neurons.reader], selection.keep_U
+        weight_OD, keep_U = block.weights[neurons.reader], selection.keep_U
+        keep_D = keep_U.repeat_interleave(neurons.unit_size)
         if self.recovery == "bias":
-            missing_O = bias_of(weight_OU, keep_U, neurons.gathered.of(Moments).mean_D)
+            missing_O = bias_of(weight_OD, keep_D, neurons.gathered.of(Moments).mean_D)
             bias_O = block.others[neurons.reader_bias].double() + missing_O
             block.from_the_first(bias_O)
             yield Mended(folded_OK=None, bias_O=bias_O)
             return
-        gram_UU = neurons.gathered.of(Gram).gram_DD
+        gram_DD = neurons.gathered.of(Gram).gram_DD
         if self.recovery == "lstsq":
             for damping in DAMPINGS:
-                solved_OK, used = solved(weight_OU, gram_UU, keep_U, damping)
+                solved_OK, used = solved(weight_OD, gram_DD, keep_D, damping)
                 solved_OK = solved_OK.contiguous()
                 block.from_the_first(solved_OK)
                 yield Mended(folded_OK=solved_OK, damping=used)
             return
-        problem = MaskProblem(weight_OD=weight_OU, gram_DD=gram_UU)
+        problem = MaskProblem(weight_OD=weight_OD, gram_DD=gram_DD, unit_size=neurons.unit_size)
         tuned = ((damping, problem.tuned(keep_U, damping)) for damping in DAMPINGS)
         for damping, mask_U in chain([(self.damping, selection.mask_U)], tuned):
             block.from_the_first(mask_U)
             if is_sound(mask_U):
-                yield Mended(folded_OK=folded(weight_OU[:, keep_U], mask_U[keep_U]), damping=damping)
+                yield Mended(folded_OK=folded(weight_OD[:, keep_D], mask_U[keep_U]), damping=damping)
 
 
 class Comp(Narrowing):

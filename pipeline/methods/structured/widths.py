@@ -23,15 +23,30 @@ MOST = Fraction(9, 10)
 
 
 def share_of_neurons(
-    ratio: Fraction, *, num_blocks: int, num_dropped: int, block_numel: int, neuron_numel: int, width: int
+    ratio: Fraction,
+    *,
+    num_blocks: int,
+    num_dropped: int,
+    block_numel: int,
+    neuron_numel: int,
+    width: int,
+    heads_numel: int = 0,
 ) -> Fraction:
     """Return the part of their neurons that the blocks that stay are to lose; 0 where whole blocks are enough.
 
-    ratio: part of all blocks' parameters that is to go; neuron_numel: parameters of one neuron. Raises ConfigError
-    where the neurons do not hold that much.
+    ratio: part of all blocks' parameters that is to go; neuron_numel: parameters of one neuron; heads_numel: those that
+    go with the heads of a block that stays. Raises ConfigError where the neurons do not hold that much, and where heads
+    leave none of it to them.
     """
     num_left = num_blocks - num_dropped
-    left_over = max(Fraction(0), ratio * num_blocks * block_numel - num_dropped * block_numel)
+    gone = num_dropped * block_numel + num_left * heads_numel
+    left_over = max(Fraction(0), ratio * num_blocks * block_numel - gone)
+    if heads_numel and not left_over:
+        raise ConfigError(
+            f"{float(ratio):.2%} of the blocks' parameters is to go, and the heads that go, with {num_dropped} of "
+            f"{num_blocks} blocks, are {gone / (num_blocks * block_numel):.2%} already, which leaves nothing for "
+            "neurons to give; ask for more than that, or remove fewer heads, or fewer whole blocks (depth_fraction)"
+        )
     share = left_over / (num_left * neuron_numel * width)
     if share > MOST:
         raise ConfigError(

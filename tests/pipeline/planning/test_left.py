@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.attention import HeadLayout
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import parse_config
 from pipeline.methods.structured.mask_problem import MaskProblem
@@ -24,6 +25,7 @@ from pipeline.shape import Shape
 from pipeline.skeleton import Skeleton
 from pipeline.stream import Stream
 from tests.correlated import normal
+from tests.heads import families_with_heads
 from tests.tiny import save_tiny
 
 CPU = torch.device("cpu")
@@ -63,6 +65,19 @@ def test_shapes_are_those_of_a_narrow_block_and_so_is_its_arithmetic(family: str
             stream.run_block(0, torch.zeros(2, 12, 32))
         attention = 2.0 * work.all_tokens * work.num_tokens * work.hidden
         assert counted(flops, "aten.mm", "aten.addmm") == work.forward_flops - attention
+
+
+@pytest.mark.parametrize("family", ["h-llama-wide", "h-phi3", "h-qwen2"])
+def test_shapes_are_those_of_a_block_with_fewer_heads(family: str, tmp_path: Path) -> None:
+    with families_with_heads():
+        save_tiny(family, tmp_path)
+    with closing(Checkpoint.open(tmp_path)) as checkpoint:
+        dense, heads = Skeleton(checkpoint, CPU, torch.float32), HeadLayout(num_heads=6, num_groups=3, head_dim=8)
+        skeleton = narrowed(dense, Shape(kept=(0, 1, 2), width=20, heads=heads))
+        groups = likely_groups(dense.blocks[0], (), 64)
+        left = shapes_left(skeleton, groups)
+        skeleton.reshape_block(0, 20, heads)
+        assert left == shapes_of(skeleton.blocks[0], groups)
 
 
 @pytest.mark.parametrize(("num_rows", "num_neurons", "num_kept"), [(64, 256, 192), (96, 512, 256)])

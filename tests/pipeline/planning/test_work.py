@@ -30,8 +30,12 @@ from pipeline.planning.work import (
 )
 from pipeline.recipe import Recipe
 from pipeline.skeleton import Skeleton
+from pipeline.statistics import Gram
 from tests.scales import LLAMA_70B, NARROW_70B, D, F, K
 from tests.tiny import save_tiny
+
+H = 6144
+"""Features of the 48 query heads that are left of 64 where a quarter goes."""
 
 
 def recipe(*steps: Step) -> Recipe:
@@ -133,6 +137,29 @@ def test_what_a_cut_leaves_is_read_again_as_other_weights_are_and_blocks_that_st
     assert count_commit(NARROW_70B, alone).weights_read == 0
     assert count_commit(replace(NARROW_70B, stored_bytes=4), alone).weights_read == 2 * whole
     assert count_commit(LLAMA_70B, alone).weights_read == whole
+
+
+def test_heads_that_go_are_looked_at_beside_the_neurons_and_before_them_where_statistics_are_gathered_anew() -> None:
+    without, heads = (Recipe(steps=(), shape=Comp(heads=part)) for part in (0.0, 0.25))
+    fitted = 7 / 8  # the others are held out
+    before, after = count_collect(LLAMA_70B, without), count_collect(LLAMA_70B, heads)
+    assert after.gram - before.gram == pytest.approx(2 * fitted * LLAMA_70B.all_tokens * D**2)
+    assert statistics_bytes(LLAMA_70B, heads) - statistics_bytes(LLAMA_70B, without) == Gram.bytes_of(D)
+    assert count_again(LLAMA_70B, heads) == Count()
+    again = count_again(LLAMA_70B, replace(heads, within_block="sequential"))
+    assert again == Count(gemm=fitted * LLAMA_70B.collect_flops, hidden_read=LLAMA_70B.boundary_bytes * 7 // 8)
+
+
+@pytest.mark.parametrize(("recovery", "products"), [("mask", 4 * (D**2 + H**2)), ("lstsq", 4 * D * H)])
+def test_what_heads_take_beside_neurons_is_products_and_as_many_runs(recovery: str, products: int) -> None:
+    query, key = (H, D), (H // 8, D)
+    fewer = replace(NARROW_70B, left=((query, key, key), ((D, H),), ((K, D), (K, D)), ((D, K),)))
+    options = {"recovery": recovery}
+    neurons, both = (count_prune(fewer, Comp.model_validate(options | {"heads": part})) for part in (0.0, 0.25))
+    assert both.shared == neurons.shared.times(2)
+    assert both.repeated.double - neurons.repeated.double == pytest.approx(2 * D * (D**2 + products))
+    factors = both.repeated.double_factor - neurons.repeated.double_factor
+    assert factors == pytest.approx(4 * H**3 / 3 if recovery == "lstsq" else 0.0, abs=1.0)
 
 
 def test_sparsegpt_is_pieces_of_which_the_widest_input_is_the_largest() -> None:
