@@ -58,15 +58,20 @@ def pass_gate(gate: GateConfig, run: RunConfig) -> dict[str, Any]:
 
 
 def _blocks(report: Mapping[str, Any]) -> Iterator[Check]:
-    """Where blocks are gone: whole ones, so that the last of what was asked may stay."""
+    """Where blocks are gone: whole ones, so that the last of what was asked may stay, or neurons make up for it.
+
+    How many neurons are left is part of `verify`.
+    """
     smaller = report["smaller"]
     if smaller is None:
         return
     num_blocks, asked = smaller["blocks"]["of"], smaller["asked"]
     gone = num_blocks - smaller["num_blocks"]
+    narrow = smaller["blocks"].get("width") is not None
     yield Check(
-        name="blocks", value=f"{gone} of {num_blocks} gone", limit=f"{asked:.4%} of them, rounded down",
-        ok=0 <= asked * num_blocks - gone < 1,
+        name="blocks", value=f"{gone} of {num_blocks} gone",
+        limit=f"{asked:.4%} of them, " + ("with neurons of the others" if narrow else "rounded down"),
+        ok=asked * num_blocks - gone >= 0 and (narrow or asked * num_blocks - gone < 1),
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+from pydantic import JsonValue
 from rich.console import Console
 
 from cluster.console import LiveProgress, PlainProgress, choose_progress, show_report, show_table
@@ -181,7 +182,7 @@ def test_a_summary_says_between_what_the_blocks_lie_where_they_differ(log: Conso
 
 
 def test_a_summary_of_a_smaller_model_says_what_is_left(shown: io.StringIO) -> None:
-    blocks = {"of": 30, "parameters_before": 134_515_008}
+    blocks: dict[str, JsonValue] = {"of": 30, "dropped": [4, 7, 9], "parameters_before": 134_515_008}
     smaller = Smaller(asked=0.1, blocks=blocks, num_blocks=27, parameters=123_895_872, num_bytes=247_791_744)
     console = Console(file=shown, width=160, force_terminal=False)
     show_report(console, replace(REPORT, smaller=smaller, prunable_weights=0, block_sparsity=[0.0] * 27), "run", "in")

@@ -75,6 +75,20 @@ def test_a_model_without_some_blocks_is_held_against_whole_blocks(tiny: Path, tm
             pass_gate(gate(verify=False), own)
 
 
+@pytest.mark.parametrize("widths", ["uniform", "per_block"])
+def test_blocks_may_stay_where_neurons_go(widths: str, tiny: Path, tmp_path: Path) -> None:
+    settings = job(tiny, tmp_path / "run", recipe=[{"comp": {"depth_fraction": 0, "widths": widths}}], sparsity=0.4)
+    carry_out(settings)
+    own = parse_config(settings, "the test")
+    checks = pass_gate(gate(), own)["checks"]
+    assert [check["name"] for check in checks] == ["blocks", "verify"]
+    assert (checks[0]["value"], checks[0]["limit"]) == ("0 of 3 gone", "40.0000% of them, with neurons of the others")
+    smaller = json.loads((tmp_path / "run" / "report" / "report.json").read_text())["smaller"]
+    report(own, smaller={**smaller, "num_blocks": 1})
+    with pytest.raises(GateFailed, match=r"blocks is 2 of 3 gone, asked was 40\.0000% of them, with neurons"):
+        pass_gate(gate(verify=False), own)
+
+
 def test_a_limit_that_is_just_met_is_met(run: RunConfig) -> None:
     report(run, perplexity_before=10.0, perplexity_after=20.0)
     pass_gate(gate(perplexity_ratio=2, max_perplexity=20), run)

@@ -68,6 +68,10 @@ def test_a_plan_counts_the_survey_that_widths_take(depth: Depth, tmp_path: Path)
     more = 1.5 if depth == "greedy" else 0  # three blocks, and two are left
     assert uneven.forward_passes == pytest.approx(even.forward_passes + more, abs=0.02)  # one neuron of 64 wider
     assert "survey" in uneven.working_sets
+    masks = [
+        next(own.held["masks and new weights"] for own in p.phases if own.name == "commit") for p in (even, uneven)
+    ]
+    assert masks == [even.block_weights - (48 - 39) * 96, even.block_weights], "one of them may keep all its neurons"
     assert (uneven.widths_differ, even.widths_differ) == (True, False)
     assert 0.4 <= uneven.part_gone < even.part_gone, "two widths come nearer to what is asked than one"
     assert (uneven.width, even.width) == (40, 39), "the mean of 39 and 40, rounded"
