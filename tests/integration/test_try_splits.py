@@ -178,6 +178,14 @@ def test_a_spool_that_no_run_has_left_is_not_emptied(source: Path, tmp_path: Pat
     assert (tmp_path / "spool" / "letters").read_text() == "dear all"
 
 
+def test_splits_are_tried_with_widths_of_their_own_where_blocks_differ(source: Path, tmp_path: Path) -> None:
+    carry_out(settings(source, tmp_path, [{"comp": {"depth_fraction": "auto", "widths": "per_block"}}], 0.4))
+    found = shape_of(tmp_path)
+    assert len([name for name in found["measured"] if "go" in name]) == 3
+    assert len(found["width"]) == len(found["kept"])
+    verify(tmp_path, source, SILENT)
+
+
 def test_steps_that_mask_come_after_the_trials_and_not_within_them(source: Path, tmp_path: Path) -> None:
     report = carry_out(settings(source, tmp_path, THEN_WANDA))
     assert len([name for name in shape_of(tmp_path)["measured"] if "go" in name]) == 3
@@ -224,7 +232,7 @@ def test_the_command_says_what_was_tried(
     config.write_text(json.dumps(settings(source, tmp_path / "run", AUTO, 0.4)))
     assert run_command(["plan", config], monkeypatch) == 0
     said = " ".join(capsys.readouterr().err.split())
-    assert "3 splits of that between whole blocks and neurons first, by a run each (trials)" in said
+    assert "3 splits between whole blocks and neurons, by a run each (trials)" in said
     assert run_command(["run", config], monkeypatch) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert "trial 3 of 3: 2 of 6 blocks go" in said
