@@ -16,6 +16,7 @@ PARTS: list[RecipeEntries] = [
     [{"comp": {"depth_fraction": 0.0}}],
     [{"comp": {"depth_fraction": 1.0}}],
     [{"comp": {"depth_fraction": 0.4, "widths": "per_block", "multiple": 4}}],
+    [{"comp": {"depth_fraction": 0.0, "heads": 0.5}}],
     [{"comp": {"ratio": 0.3, "depth_fraction": 0.0, "recovery": "lstsq"}}, "sparsegpt"],
 ]
 CASES = [(family, recipe) for family in ("llama", "phi3", "qwen2", "gemma2") for recipe in PARTS]

@@ -178,11 +178,13 @@ def test_a_spool_that_no_run_has_left_is_not_emptied(source: Path, tmp_path: Pat
     assert (tmp_path / "spool" / "letters").read_text() == "dear all"
 
 
-def test_splits_are_tried_with_widths_of_their_own_where_blocks_differ(source: Path, tmp_path: Path) -> None:
-    carry_out(settings(source, tmp_path, [{"comp": {"depth_fraction": "auto", "widths": "per_block"}}], 0.4))
-    found = shape_of(tmp_path)
-    assert len([name for name in found["measured"] if "go" in name]) == 3
-    assert len(found["width"]) == len(found["kept"])
+@pytest.mark.parametrize("others", [{"widths": "per_block"}, {"heads": 0.5}], ids=str)
+def test_splits_are_tried_with_all_that_else_makes_blocks_smaller(
+    others: dict[str, Any], source: Path, tmp_path: Path
+) -> None:
+    carry_out(settings(source, tmp_path, [{"comp": {"depth_fraction": "auto", **others}}], 0.4))
+    tried = [name for name in shape_of(tmp_path)["measured"] if "go" in name]
+    assert len(tried) == (2 if "heads" in others else 3)  # with half the heads, two blocks are more than is to go
     verify(tmp_path, source, SILENT)
 
 
