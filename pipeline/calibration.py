@@ -14,20 +14,19 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pipeline.errors import CalibrationError
+from pipeline.own_text import CalibrationSourceField, WrittenByModel
 from pipeline.sources import (
-    CalibrationSourceField,
     Hub,
     TextFile,
     TextSource,
     TokensFile,
-    WrittenByModel,
     describe,
     documents,
     token_ids,
@@ -59,6 +58,17 @@ class CalibrationConfig(BaseModel):
     sample: Literal["auto", "first", "random"] = "auto"
     """Which sequences of the source: the first, or random ones; auto is random for the hub, else first. `self` has no
     others than it writes."""
+
+    @model_validator(mode="after")
+    def _the_model_has_something_to_write(self) -> Self:
+        own = self.source.self if isinstance(self.source, WrittenByModel) else None
+        if own is not None and own.given is not None and (own.given >= self.sequences or own.prompt >= self.tokens):
+            raise ValueError(
+                f"{own.given} sequences are given and the model goes on from {own.prompt} tokens, which leaves it "
+                f"nothing to write of {self.sequences} sequences x {self.tokens} tokens; raise those, or lower "
+                "source.self.given and prompt"
+            )
+        return self
 
     @property
     def draws_randomly(self) -> bool:

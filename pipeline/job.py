@@ -28,6 +28,7 @@ from pipeline.ledger import Ledger
 from pipeline.memory import Memory
 from pipeline.narrower import narrowed
 from pipeline.order import Order
+from pipeline.own_text import WrittenByModel
 from pipeline.planning.comparison import Measured, compare
 from pipeline.planning.plan import Plan
 from pipeline.progress import Progress, StopAsked
@@ -37,7 +38,7 @@ from pipeline.report import REPORT, Report, Smaller, build_report
 from pipeline.self_calibration import self_calibration
 from pipeline.shape import Shape
 from pipeline.skeleton import Skeleton
-from pipeline.sources import WrittenByModel, describe
+from pipeline.sources import describe
 from pipeline.sparsity import SemiStructured
 from pipeline.try_splits import Prune
 

@@ -3,9 +3,9 @@
 Every token takes every weight, so the whole model is held for as long as it writes. It is the model's own forward that
 runs, with the cache that the model makes for itself: sliding windows and positions are as its authors meant them.
 
-A sequence begins with the start token. Where the model ends its text, the sequence goes on with a new document: the
-start token again, then what the model writes after it. Documents one after another are what it was trained on; to
-forbid the end instead would have it go on where it has nothing left to say.
+A sequence begins with the start token, or with tokens that are given. Where the model ends its text, the sequence goes
+on with a new document: the start token again, then what the model writes after it. Documents one after another are what
+it was trained on; to forbid the end instead would have it go on where it has nothing left to say.
 
 Shapes: B sequences at a time, T tokens each, V tokens in the vocabulary.
 """
@@ -22,8 +22,8 @@ from pipeline.devices import empty_cache
 from pipeline.errors import CalibrationError, NumericsError
 from pipeline.heap import give_back_freed_memory
 from pipeline.numerics import all_finite
+from pipeline.own_text import SelfOptions
 from pipeline.skeleton import Skeleton
-from pipeline.sources import SelfOptions
 from pipeline.stream import Stream
 
 
@@ -60,17 +60,24 @@ def sample_sequences(
     options: SelfOptions,
     seed: int,
     after_tokens: Callable[[int], None],
+    prompts_NP: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return what the model writes, int64 [num_sequences, num_tokens] on the CPU, each row beginning with the start.
+    """Return what the model writes, int64 [num_sequences, num_tokens] on the CPU.
+
+    prompts_NP: what each row begins with, P < num_tokens; the start token where it is absent.
 
     The same seed gives the same tokens, on the same machine with the same batch: rounding differs between others.
     `after_tokens` is told how many tokens have come, after each position of a batch; it may raise to end the writing.
     Raises NumericsError where logits are not finite.
     """
     marks, generator = marks_of(skeleton), torch.Generator().manual_seed(seed)
-    sizes = [min(options.batch, num_sequences - begun) for begun in range(0, num_sequences, options.batch)]
+    if prompts_NP is None:
+        prompts_NP = torch.full((num_sequences, 1), marks.start)
     with _whole_model(skeleton):
-        written = [_sample_batch(skeleton, marks, (n, num_tokens), options, generator, after_tokens) for n in sizes]
+        written = [
+            _sample_batch(skeleton, marks, prompts_BP, num_tokens, options, generator, after_tokens)
+            for prompts_BP in torch.split(prompts_NP, options.batch)
+        ]
     return torch.cat(written)
 
 
@@ -78,18 +85,23 @@ def sample_sequences(
 def _sample_batch(
     skeleton: Skeleton,
     marks: Marks,
-    shape: tuple[int, int],
+    prompts_BP: torch.Tensor,
+    num_tokens: int,
     options: SelfOptions,
     generator: torch.Generator,
     after_tokens: Callable[[int], None],
 ) -> torch.Tensor:
-    tokens_BT = torch.full(shape, marks.start)
+    num_sequences, num_given = prompts_BP.shape
+    tokens_BT = torch.full((num_sequences, num_tokens), marks.start)
+    tokens_BT[:, :num_given] = prompts_BP
     to_be_followed = torch.tensor([end for end in marks.ends if end != marks.start], dtype=torch.int64)
     cache: Any = None  # the first forward makes one of the model's own kind
-    after_tokens(shape[0])
-    for position in range(1, shape[1]):
-        last_B1 = tokens_BT[:, position - 1 : position]
-        output = skeleton.model(input_ids=last_B1.to(skeleton.device), past_key_values=cache, use_cache=True)
+    after_tokens(num_sequences * num_given)
+    num_read = 0
+    for position in range(num_given, num_tokens):
+        unread_BN, num_read = tokens_BT[:, num_read:position], position
+        last_B1 = unread_BN[:, -1:]
+        output = skeleton.model(input_ids=unread_BN.to(skeleton.device), past_key_values=cache, use_cache=True)
         cache, logits_BV = output.past_key_values, output.logits[:, -1].cpu()
         if not all_finite(logits_BV):
             raise NumericsError(
@@ -98,7 +110,7 @@ def _sample_batch(
             )
         drawn_B = draw(logits_BV, options, generator)
         tokens_BT[:, position] = drawn_B.where(~torch.isin(last_B1[:, 0], to_be_followed), marks.start)
-        after_tokens(shape[0])
+        after_tokens(num_sequences)
     return tokens_BT
 
 

@@ -7,7 +7,8 @@ A source is written in YAML as a word, or as a mapping in which exactly one key 
     {jsonl: rows.jsonl, field: text}        also {parquet: FILE, ...} and {arrow: FILE, ...}
     {hub: allenai/c4, revision: <commit>, config: en, split: train, field: text}
     {tokens: tokens.safetensors}
-    self                                    for calibration, which the model writes itself; or {self: {top_k: 50, ...}}
+
+For calibration the model may write it itself: see `own_text`.
 
 Rows are streamed through `datasets`, which only this file imports: nothing is downloaded beyond what is read.
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Tag
 from safetensors import SafetensorError, safe_open
 
 from pipeline.errors import CalibrationError
@@ -28,20 +29,20 @@ from pipeline.errors import CalibrationError
 KINDS = ("text", "jsonl", "parquet", "arrow", "hub", "tokens")
 
 
-class _SourceModel(BaseModel):
+class SourceModel(BaseModel):
     """What every mapping source shares: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-class TextFile(_SourceModel):
+class TextFile(SourceModel):
     """One UTF-8 text file, taken whole, its line ends as they are."""
 
     text: Path
     """The file."""
 
 
-class JsonLines(_SourceModel):
+class JsonLines(SourceModel):
     """One JSON object a line, each a document."""
 
     jsonl: Path
@@ -50,7 +51,7 @@ class JsonLines(_SourceModel):
     """The key that holds a row's text."""
 
 
-class Parquet(_SourceModel):
+class Parquet(SourceModel):
     """A parquet file, each row a document."""
 
     parquet: Path
@@ -59,7 +60,7 @@ class Parquet(_SourceModel):
     """The column that holds the text."""
 
 
-class Arrow(_SourceModel):
+class Arrow(SourceModel):
     """An Arrow file (stream or random access), each row a document."""
 
     arrow: Path
@@ -68,7 +69,7 @@ class Arrow(_SourceModel):
     """The column that holds the text."""
 
 
-class Hub(_SourceModel):
+class Hub(SourceModel):
     """A dataset on the Hugging Face hub, streamed; or a local directory that holds one."""
 
     hub: str
@@ -83,40 +84,16 @@ class Hub(_SourceModel):
     """The column that holds the text."""
 
 
-class TokensFile(_SourceModel):
+class TokensFile(SourceModel):
     """A safetensors file of token ids: an integer tensor [N, T] or [num_tokens], `tokens` or the only one."""
 
     tokens: Path
     """The file."""
 
 
-class SelfOptions(_SourceModel):
-    """How a model writes its own calibration text."""
-
-    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """Logits are divided by it: below 1 likely tokens become likelier."""
-    top_k: int | None = Field(default=None, ge=1)
-    """Only so many of the likeliest tokens are drawn from; all when absent."""
-    batch: int = Field(default=16, ge=1)
-    """Sequences that are written at a time."""
-
-
-class WrittenByModel(_SourceModel):
-    """Text that the model writes itself before it is pruned; takes memory for the whole model."""
-
-    self: SelfOptions = SelfOptions()
-    """How it writes."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _plain_word(cls, value: Any) -> Any:
-        return {"self": {}} if value == "self" else value
-
-
 RowSource = JsonLines | Parquet | Arrow | Hub
 TextSource = Literal["embedded"] | TextFile | RowSource
 Source = TextSource | TokensFile
-CalibrationSource = Source | WrittenByModel
 
 
 def _kind(value: object) -> str | None:
@@ -126,19 +103,20 @@ def _kind(value: object) -> str | None:
     keys: Iterable[str] = ()
     if isinstance(value, Mapping):
         keys = value.keys()
-    elif isinstance(value, _SourceModel):
+    elif isinstance(value, SourceModel):
         keys = type(value).model_fields
     found = [kind for kind in (*KINDS, "self") if kind in keys]
     return found[0] if len(found) == 1 else None
 
 
-def _by_kind(words: str, kinds: Iterable[str]) -> Discriminator:
+def by_kind(words: str, kinds: Iterable[str]) -> Discriminator:
+    """What tells sources of these kinds, and the words that are sources, from each other."""
     rule = f"a source is {words}, or a mapping with exactly one of the keys {', '.join(kinds)}"
     message = f"{rule}; a text file is written {{text: FILE}}"
     return Discriminator(_kind, custom_error_type="calibration_source", custom_error_message=message)
 
 
-_Stored = (
+Stored = (
     Annotated[Literal["embedded"], Tag("embedded")]
     | Annotated[TextFile, Tag("text")]
     | Annotated[JsonLines, Tag("jsonl")]
@@ -148,16 +126,11 @@ _Stored = (
     | Annotated[TokensFile, Tag("tokens")]
 )
 
-SourceField = Annotated[_Stored, _by_kind("the word embedded", KINDS)]
+SourceField = Annotated[Stored, by_kind("the word embedded", KINDS)]
 """`Source` as a field of a pydantic model: the key present decides which model reads the mapping."""
 
-CalibrationSourceField = Annotated[
-    _Stored | Annotated[WrittenByModel, Tag("self")], _by_kind("the word embedded or self", (*KINDS, "self"))
-]
-"""`CalibrationSource` as a field."""
 
-
-def describe(source: CalibrationSource) -> str:
+def describe(source: str | BaseModel) -> str:
     """The source in one line, as YAML writes it; for `embedded`, with the Python whose text it is."""
     if isinstance(source, str):
         return f"embedded (documentation topics of Python {platform.python_version()})"

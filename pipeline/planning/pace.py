@@ -212,9 +212,9 @@ def _overlapped(phases: list[Cost]) -> list[Cost]:
 
 def _writing(work: Workload, generation: Generation) -> Count:
     """Every token of a batch takes every weight from memory once; they are read from disk once."""
-    num_steps = -(-work.num_sequences // generation.batch) * work.num_tokens
+    num_steps = -(-generation.num_sequences // generation.batch) * work.num_tokens
     return Count(
-        gemm=2.0 * work.all_tokens * generation.numel,
+        gemm=2.0 * generation.num_sequences * work.num_tokens * generation.numel,
         memory=float(num_steps * generation.numel * work.dtype_bytes),
         weights_read=generation.stored_bytes,
     )

@@ -7,20 +7,23 @@ import torch
 
 from pipeline.config import RunConfig
 from pipeline.ledger import TOKENS_NAME
+from pipeline.own_text import WrittenByModel
 from pipeline.planning.choosing import Choosing
 from pipeline.planning.left import shapes_left
 from pipeline.planning.work import Linears, Workload, likely_groups, shapes_of
 from pipeline.recipe import Recipe
 from pipeline.skeleton import Skeleton
-from pipeline.sources import WrittenByModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
     """The whole model writing its calibration text, in numbers."""
 
+    num_sequences: int
+    """That are written."""
+
     batch: int
-    """Sequences that are written at a time."""
+    """Of them at a time."""
 
     numel: int
     """Numbers in all weights, those that are tied counted twice: they are held twice."""
@@ -144,8 +147,10 @@ def generation_of(config: RunConfig, skeleton: Skeleton) -> Generation | None:
         return None
     known, heads = model.to_dict(), model.num_attention_heads
     width = known.get("head_dim") or model.hidden_size // heads
+    num_written = config.calibration.sequences - (source.self.given or 0)
     return Generation(
-        batch=min(source.self.batch, config.calibration.sequences),
+        num_sequences=num_written,
+        batch=min(source.self.batch, num_written),
         numel=sum(prod(skeleton.checkpoint.tensors[name].shape) for name in skeleton.stored_name.values()),
         cache_numel=2 * skeleton.num_blocks * (known.get("num_key_value_heads") or heads) * width,
         stored_bytes=skeleton.checkpoint.total_bytes(),

@@ -16,7 +16,8 @@ FLOORS = {
     0: "pipeline: allocation_config anatomy attention block_widths budget cluster_config devices durable errors header "
     "heap human lazy_weights memory_config meter numerics peers progress records shard_names sparsity stream_names",
     1: "pipeline: allocation head_config methods shards statistics",
-    2: "pipeline: calibration checkpoint config hub ledger paging recipe shape shape_record sharing shelf sources",
+    2: "pipeline: calibration checkpoint config hub ledger own_text paging recipe shape shape_record sharing shelf "
+    "sources",
     3: "pipeline: activations head_count linears narrower order skeleton splits width zeros",
     4: "pipeline: assemble begun block_writer cutting importance inputs memory outliers planning prune_block sampler "
     "remains self_calibration stage stream survey transaction uneven weights workbench",

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from pipeline import sampler
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import CalibrationError, NumericsError
+from pipeline.own_text import SelfOptions
 from pipeline.sampler import Marks, draw, marks_of, sample_sequences
 from pipeline.skeleton import Skeleton
-from pipeline.sources import SelfOptions
 from tests.tiny import FAMILIES, GROUPED, VOCAB, WINDOW, save_tiny
 
 CPU = torch.device("cpu")
@@ -55,6 +55,22 @@ def test_tokens_are_drawn_from_what_the_whole_model_says_of_them(
         logits.log_softmax(-1).gather(-1, tokens_BT[:, 1:, None]) for logits in (torch.stack(seen, 1), logits_BTV)
     )
     torch.testing.assert_close(told_BT, whole_BT, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_follows_a_prompt_is_what_the_whole_model_says_of_it(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen = save_tiny(family, tmp_path), []
+    monkeypatch.setattr(sampler, "draw", lambda logits_BV, *_: seen.append(logits_BV) or logits_BV.argmax(-1))
+    prompts = torch.arange(3, 3 + 3 * 5).view(3, 5)
+    options = SelfOptions(batch=2)
+    tokens_NT = sample_sequences(skeleton_of(tmp_path), 3, WINDOW + 8, options, 0, lambda n: None, prompts)
+    assert torch.equal(tokens_NT[:, :5], prompts)
+    with torch.no_grad():
+        logits_NTV = model(tokens_NT).logits[:, 4:-1]
+    first, second = torch.stack(seen[: len(seen) // 2], 1), torch.stack(seen[len(seen) // 2 :], 1)
+    torch.testing.assert_close(torch.cat([first, second]), logits_NTV, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "gemma2"])

@@ -15,12 +15,13 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.config import EvaluateConfig, RunConfig, parse_config, resolved
 from pipeline.errors import BudgetExceeded, ConfigChanged, ConfigError, RunDirectoryError, RunStopped
 from pipeline.ledger import TOKENS_NAME
+from pipeline.own_text import SelfOptions, WrittenByModel
 from pipeline.planning import plan as planning
 from pipeline.planning.plan import Plan, make_plan
 from pipeline.progress import Silent
-from pipeline.self_calibration import Pace, beginning, self_calibration
+from pipeline.self_calibration import Pace, beginning, prompts_of, self_calibration
 from pipeline.skeleton import Skeleton
-from pipeline.sources import SelfOptions, TokensFile, WrittenByModel
+from pipeline.sources import TokensFile
 from tests.tiny import FAMILIES, save_tiny
 
 SHAPE = {"sequences": 5, "tokens": 12}
@@ -76,6 +77,70 @@ def test_the_source_is_a_word_or_a_mapping_of_options(source: Any, tmp_path: Pat
 def test_options_are_checked(options: dict[str, Any], problem: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=problem):
         config_of(tmp_path, tmp_path, {"self": options})
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"given": 2}, "continues names a text and given how many of its sequences come first.*give both, or neither"),
+        ({"continues": "embedded"}, "give both, or neither"),
+        ({"continues": "self", "given": 2}, "a source is the word embedded, or a mapping"),
+        ({"continues": "embedded", "given": 5}, "5 sequences are given .* nothing to write of 5 sequences x 12 tokens"),
+        (
+            {"continues": "embedded", "given": 2, "prompt": 12},
+            "goes on from 12 tokens.*lower source.self.given",
+        ),
+    ],
+)
+def test_there_must_be_something_to_go_on_from_and_to_write(
+    options: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        config_of(tmp_path, tmp_path, {"self": options})
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> Path:
+    """Tokens to go on from."""
+    save_file({"tokens": torch.arange(3, 27).view(2, 12)}, tmp_path / "given.safetensors")
+    return tmp_path / "given.safetensors"
+
+
+def going_on(given: Path, **options: Any) -> dict[str, Any]:
+    return {"self": {"continues": {"tokens": str(given)}, "given": 2, "prompt": 4, **options}}
+
+
+def test_the_model_goes_on_from_passages_of_the_sequences_that_are_given(
+    model: Path, skeleton: Skeleton, given: Path, tmp_path: Path
+) -> None:
+    config = config_of(model, tmp_path / "run", going_on(given))
+    found = calibrated(config, skeleton)
+    given_NT = torch.arange(3, 27).view(2, 12)
+    assert torch.equal(found.tokens_NT[:2], given_NT)
+    first = [[3, 4, 5, 6], [15, 16, 17, 18], [7, 8, 9, 10]]  # of one after the other; in the next round those after
+    assert found.tokens_NT[2:, :4].tolist() == first
+    assert not torch.equal(found.tokens_NT[2], given_NT[0])
+    assert "3 sequences x 12 tokens that the model wrote itself (seed 0)" in found.description
+    assert f"2 sequences of {{tokens: {given}}} and " in found.description
+    assert torch.equal(calibrated(config, skeleton).tokens_NT, found.tokens_NT)
+
+
+def test_another_text_to_go_on_from_is_another_run(
+    model: Path, skeleton: Skeleton, given: Path, tmp_path: Path
+) -> None:
+    calibrated(config_of(model, tmp_path / "run", going_on(given)), skeleton)
+    with pytest.raises(ConfigChanged, match="prompt 4, now 3"):
+        calibrated(config_of(model, tmp_path / "run", going_on(given, prompt=3)), skeleton)
+    given.rename(tmp_path / "moved.safetensors")
+    calibrated(config_of(model, tmp_path / "run", going_on(tmp_path / "moved.safetensors")), skeleton)
+    save_file({"tokens": torch.arange(4, 28).view(2, 12)}, given)
+    with pytest.raises(ConfigChanged, match="continues"):
+        calibrated(config_of(model, tmp_path / "run", going_on(given)), skeleton)
+
+
+def test_passages_follow_each_other_and_begin_again() -> None:
+    prompts = prompts_of(torch.arange(10)[None], 5, 3)
+    assert prompts.tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [1, 2, 3], [4, 5, 6]]
 
 
 def test_nothing_is_evaluated_on_what_the_model_wrote() -> None:

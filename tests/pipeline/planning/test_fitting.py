@@ -159,7 +159,7 @@ def test_each_limit_that_is_passed_is_told() -> None:
     assert "memory.spool_limit: 4096MiB" in lines[1]
 
 
-WRITTEN = Generation(batch=16, numel=69 * 10**9, cache_numel=2 * 80 * 1024, stored_bytes=138 * 10**9)
+WRITTEN = Generation(num_sequences=128, batch=16, numel=69 * 10**9, cache_numel=2 * 80 * 1024, stored_bytes=138 * 10**9)
 
 
 def test_where_only_the_writing_of_calibration_text_does_not_fit_another_source_is_the_way_out() -> None:
