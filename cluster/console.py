@@ -264,7 +264,7 @@ def show_plan(console: Console, plan: Plan) -> None:
         ("limits", ", ".join(f"{place} {human_bytes(size)}" for place, size in plan.limits.items())),
         ("output", human_bytes(plan.output_bytes)),
     ]
-    if plan.part_gone:
+    if plan.part_gone or plan.part_idle:
         facts.append(("left", plan.left))
     if plan.num_trials:
         facts.append(("tries", f"{plan.num_trials} splits between whole blocks and neurons, by a run each (trials)"))

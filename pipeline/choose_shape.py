@@ -11,22 +11,21 @@ import torch
 from pydantic import JsonValue
 
 from pipeline.block_widths import width_in_words
+from pipeline.choose_attentions import choose_attentions, perplexity_without_each
 from pipeline.config import RunConfig
-from pipeline.devices import empty_cache
 from pipeline.errors import RunStopped
 from pipeline.head_count import heads_left
 from pipeline.importance import ImportanceMeter
-from pipeline.memory import Memory, opened_memory
-from pipeline.meter import resident_bytes
+from pipeline.looking import Look, look_at
+from pipeline.memory import Memory
 from pipeline.methods.structured.depth import Dropped, ends, greedy_by_rounds, one_shot, rescored
 from pipeline.methods.structured.shape_step import ShapeStep
 from pipeline.narrower import narrowed
-from pipeline.paging.spool import remove_leftovers, spool_directory
 from pipeline.planning.choosing import choosing_of
-from pipeline.planning.plan import fit_for
 from pipeline.progress import Progress, StopAsked
 from pipeline.shape import Shape
 from pipeline.shape_record import Figures, ShapeRecord
+from pipeline.silencing import attention_numel, num_silenced
 from pipeline.skeleton import Skeleton
 from pipeline.splits import Trials, splits_of
 from pipeline.survey import survey
@@ -47,9 +46,12 @@ class Chosen:
     order: tuple[int, ...]
     """The blocks that go, in the order they were chosen."""
 
+    silent: tuple[int, ...]
+    """The blocks whose attention is silenced, likewise."""
+
     importance: dict[int, float]
     """Of the dense model's blocks: how much each turns the hidden states (the mean of 1 - cos), or what the perplexity
-    on the calibration tokens is without it; of all those that were measured."""
+    on the calibration tokens is without it, or without its attention; of all those that were measured."""
 
     numel: int
     """Numbers in all tensors of the dense model."""
@@ -63,6 +65,9 @@ class Chosen:
     tried: Tried | None = None
     """What was found of other splits between blocks and neurons, where some were tried."""
 
+    num_idle: int = 0
+    """Parameters of the attentions that are silenced."""
+
     def as_data(self) -> dict[str, JsonValue]:
         """Return plain data, as reports have it."""
         told = self.shape.as_data()
@@ -74,6 +79,7 @@ class Chosen:
             **({"mlp_bias": True} if self.shape.mlp_bias else {}),
             **({} if self.shape.heads is None else {"heads": asdict(self.shape.heads)}),
             **({} if self.tried is None else {"tried": self.tried.as_data()}),
+            **({"attentions_silenced": list(self.silent), "parameters_idle": self.num_idle} if self.silent else {}),
             "importance": {str(block): value for block, value in self.importance.items()},
             "parameters_before": self.numel,
             "bytes_before": self.num_bytes,
@@ -109,17 +115,23 @@ def choose_shape(
         tried = try_splits(trials, tokens_NT, record, progress, stop_asked, prune)
     num_dropped = splits[0] if tried is None else tried.best
     width, heads = width_left(step, dense, num_dropped, ratio), heads_left(step, dense)
-    mlp_bias = adds_biases(step, dense, width)
+    num_silent, mlp_bias = num_silenced(step, dense, ratio), adds_biases(step, dense, width)
     search = _Search(config, dense, tokens_NT, step, num_dropped, record, progress, stop_asked)
     order = search.order()
+    silent = choose_attentions(num_silent, config, dense, tokens_NT, record, progress, stop_asked)
     kept = tuple(block for block in range(dense.num_blocks) if block not in order)
     if step.widths_differ and width is not None:
         width = width_left(step, dense, num_dropped, ratio, search.importance_of(kept))
-    shape = Shape(kept=kept, width=width, mlp_bias=mlp_bias, heads=heads)
+    shape = Shape(kept=kept, width=width, mlp_bias=mlp_bias, heads=heads, silent=tuple(sorted(silent)))
     record.settle(shape, order)
     if order:
         progress.say(
             f"{step.method}: {num_dropped} of {dense.num_blocks} blocks go, in this order: {', '.join(map(str, order))}"
+        )
+    if silent:
+        progress.say(
+            f"{step.method}: the attention of {len(silent)} of {dense.num_blocks} blocks is silenced, in this order: "
+            f"{', '.join(map(str, silent))}"
         )
     if width is not None:
         each = f"{width_in_words(width)} of its {num_neurons(dense):,} neurons"
@@ -127,9 +139,11 @@ def choose_shape(
     if heads is not None:
         progress.say(f"{step.method}: every attention keeps {heads}")
     return Chosen(
-        shape=shape, num_blocks=dense.num_blocks, order=tuple(order), importance=search.importance(),
+        shape=shape, num_blocks=dense.num_blocks, order=tuple(order), silent=tuple(silent),
+        importance=perplexity_without_each(record) or search.importance(),
         numel=dense.checkpoint.numel(), num_bytes=dense.checkpoint.total_bytes(),
         num_neurons=None if width is None else num_neurons(dense), tried=tried,
+        num_idle=num_silent * attention_numel(dense) if num_silent else 0,
     )  # fmt: skip
 
 
@@ -235,18 +249,15 @@ class _Search:
                 batch=self._config.compute.batch, between_blocks=self._stop_if_asked, memory=memory,
             )  # fmt: skip
 
-    def _with_memory(self, gone: Dropped, look: Callable[[Skeleton, Memory], None]) -> None:
+    def _with_memory(self, gone: Dropped, look: Look) -> None:
         """Have a look at the model without some blocks, in memory that is opened for it under the run's ceilings."""
-        config, dense, baseline = self._config, self._dense, resident_bytes()
-        choosing = choosing_of(self._step, dense.num_blocks, self._num_dropped)
-        fit = fit_for(config, dense, len(self._tokens_NT), baseline, choosing=choosing)
+        dense = self._dense
         kept = tuple(block for block in range(dense.num_blocks) if block not in gone)
-        skeleton = narrowed(dense, Shape(kept=kept)) if gone else dense
-        spool, batch = spool_directory(config.memory.spool, config.output), config.compute.batch
-        remove_leftovers(spool)
-        with opened_memory(config.memory, fit, spool, dense.device, baseline=baseline, batch=batch) as memory:
-            look(skeleton, memory)
-        empty_cache(dense.device)  # workers may be about to use it
+        look_at(
+            narrowed(dense, Shape(kept=kept)) if gone else dense, look, config=self._config, dense=dense,
+            num_sequences=len(self._tokens_NT),
+            choosing=choosing_of(self._step, dense.num_blocks, self._num_dropped),
+        )  # fmt: skip
 
     def _stop_if_asked(self) -> None:
         if self._stop_asked():

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import NumericsError
 from pipeline.peers import Peers
+from pipeline.sequence_norms import SequenceNorms
 from pipeline.statistics import Gathered, Statistic
 
 
@@ -136,14 +137,16 @@ class Collector:
                 self._leader[name] = self._leader[self._last[0]] if shared and self._last else name
             self._last = (name, x)
             if self._leader[name] == name:
-                self._update(name, x[: self._first].flatten(0, -2))
+                self._update(name, x[: self._first])
             if self._abandon_after == name:
                 raise _EverythingSeen
 
         return gather
 
-    def _update(self, name: str, x_TD: torch.Tensor) -> None:
+    def _update(self, name: str, x_BTD: torch.Tensor) -> None:
+        x_TD = x_BTD.flatten(0, -2)
         if name not in self._statistics:
             self._statistics[name] = Gathered(kind.empty(x_TD.shape[1], x_TD.device) for kind in self._kinds)
         for statistic in self._statistics[name]:
-            statistic.update(x_TD)
+            for tokens_TD in x_BTD if isinstance(statistic, SequenceNorms) else (x_TD,):
+                statistic.update(tokens_TD)

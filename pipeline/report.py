@@ -167,17 +167,32 @@ def told_of_trials(tried: Mapping[str, JsonValue], num_dropped: int) -> str:
 
 def _of_smaller(smaller: Smaller) -> list[str]:
     width, neurons = smaller.blocks.get("width"), smaller.blocks.get("neurons")
+    is_smaller = smaller.parameters < smaller.blocks["parameters_before"]  # type: ignore[operator]  # a number
     heads = "" if smaller.heads is None else f" and {smaller.heads}"
     each = "" if width is None else f", with {width_in_words(width)} of {neurons} neurons{heads} each"
     what = "blocks" if width is None else "parameters"
     dropped, tried = smaller.blocks["dropped"], smaller.blocks.get("tried")
     assert isinstance(dropped, list)
     trials = [told_of_trials(tried, len(dropped))] if isinstance(tried, dict) else []
+    silenced = _of_silenced(smaller.blocks)
+    if not is_smaller:
+        return [*silenced, *trials]
     left = f"The model is really smaller: {smaller.num_blocks} of {smaller.blocks['of']} blocks are left{each}."
     takes = f"takes less memory and time on any hardware, about in proportion to its {what}."
     if isinstance(width, list):
-        return [f"{left} It {takes}", HOW_TO_LOAD, *trials]
-    return [f"{left} It loads in stock transformers, and {takes}", *trials]
+        return [f"{left} It {takes}", HOW_TO_LOAD, *silenced, *trials]
+    return [f"{left} It loads in stock transformers, and {takes}", *silenced, *trials]
+
+
+def _of_silenced(blocks: dict[str, JsonValue]) -> list[str]:
+    silent = blocks.get("attentions_silenced")
+    if not isinstance(silent, list):
+        return []
+    return [
+        f"The attention of {len(silent)} of {blocks['of']} blocks ({', '.join(map(str, silent))}) is silenced: its "
+        f"output projection is zero. Stock runtimes store and run it as before, so its {blocks['parameters_idle']:,} "
+        "parameters count as idle, not as gone, and nothing is smaller or faster for it."
+    ]
 
 
 def _of_zeros(sparsity: str) -> list[str]:

@@ -38,6 +38,9 @@ class Shape:
     heads: HeadLayout | None = None
     """Of every attention, or None where they are those of the dense model."""
 
+    silent: tuple[int, ...] = ()
+    """Blocks that stay, by their numbers in the dense model, whose attention is silenced."""
+
     @classmethod
     def from_data(cls, data: JsonValue) -> "Shape":
         """Read what `as_data` has written."""
@@ -52,7 +55,8 @@ class Shape:
         width: JsonValue = list(self.width) if isinstance(self.width, tuple) else self.width
         biases: dict[str, JsonValue] = {"mlp_bias": True} if self.mlp_bias else {}
         heads: dict[str, JsonValue] = {} if self.heads is None else {"heads": asdict(self.heads)}
-        return {"kept": list(self.kept), "width": width, **biases, **heads}
+        silent: dict[str, JsonValue] = {"silent": list(self.silent)} if self.silent else {}
+        return {"kept": list(self.kept), "width": width, **biases, **heads, **silent}
 
 
 def without_last(num_blocks: int, num_dropped: int) -> Shape:

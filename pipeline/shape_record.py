@@ -1,7 +1,8 @@
 """What a run has measured to choose the shape of its output, and what it chose: `shape.json` in the run directory.
 
     {"settings": what the choice depends on,
-     "measured": {"": figures of the dense model, "4 7": of the one without blocks 4 and 7, …,
+     "measured": {"": figures of the dense model, "4 7": of the one without blocks 4 and 7,
+                  "attentions 2 5": of the one without these blocks' attention, …,
                   "2 blocks go": perplexity of a trial that dropped two, and of the dense model, …},
      "order": blocks in the order they go, "kept": blocks that stay, "width": …}
 

@@ -80,7 +80,7 @@ class Gathered:
         del self._by_kind[kind]
 
 
-def _double_slabs(x_TD: torch.Tensor) -> Iterator[torch.Tensor]:
+def double_slabs(x_TD: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yield the tokens in float64, a slab at a time."""
     slab_numel = CPU_SLAB_NUMEL if x_TD.device.type == "cpu" else SLAB_NUMEL
     for slab_TD in torch.split(x_TD, max(1, slab_numel // x_TD.shape[1])):
@@ -109,7 +109,7 @@ class ColumnSquares:
 
     def update(self, x_TD: torch.Tensor) -> None:
         """Add the tokens of one batch, in float64, a slab of tokens at a time."""
-        for slab_TD in _double_slabs(x_TD):
+        for slab_TD in double_slabs(x_TD):
             self.squares_D += slab_TD.square().sum(dim=0)
         self.num_tokens += x_TD.shape[0]
 
@@ -172,7 +172,7 @@ class Moments:
 
     def update(self, x_TD: torch.Tensor) -> None:
         """Add the tokens of one batch, in float64, a slab of tokens at a time."""
-        for slab_TD in _double_slabs(x_TD):
+        for slab_TD in double_slabs(x_TD):
             self.sums_D += slab_TD.sum(dim=0)
             self.squares_D += slab_TD.square().sum(dim=0)
         self.count_1 += x_TD.shape[0]

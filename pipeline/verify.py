@@ -31,6 +31,7 @@ from pipeline.records import Commit, LinearRecord
 from pipeline.remains import heads_left_by, remains_of
 from pipeline.shape import Shape
 from pipeline.shards import hash_file
+from pipeline.silencing import num_silenced
 from pipeline.skeleton import Skeleton
 from pipeline.sparsity import SemiStructured, Sparsity, holds, parse_sparsity
 from pipeline.splits import splits_of
@@ -85,7 +86,7 @@ def verify(run_directory: Path, source: Path, progress: Progress) -> Verificatio
                 "Do not use it; prune again in a new output directory"
             )
         records = [record for commit in ledger.commits.values() for record in commit.linears.values()]
-        changed = skeleton.checkpoint.tensors.keys() - skeleton.checkpoint.shard_of.keys()  # zeros that are added
+        changed = skeleton.checkpoint.tensors.keys() - skeleton.checkpoint.shard_of.keys()  # zeros
         for index, commit in ledger.commits.items():
             changed |= {skeleton.block_names(index)[own] for own in _changed(skeleton, commit)}
         return Verification(
@@ -113,6 +114,11 @@ def _smaller(ledger: Ledger, dense: Skeleton, left: Skeleton, output: Checkpoint
     wanted = [0] if recipe.shape is None else splits_of(recipe.shape, dense, recipe.part_removed(target))
     if gone not in wanted:
         yield f"{gone} of {dense.num_blocks} blocks are gone, and {' or '.join(map(str, wanted))} were to go"
+    shape = ledger.header.config.get("shape")
+    silent = () if shape is None else Shape.from_data(shape).silent
+    asked_silent = 0 if recipe.shape is None else num_silenced(recipe.shape, dense, recipe.part_removed(target))
+    if len(silent) != asked_silent:
+        yield f"{len(silent)} attentions are silenced, and {asked_silent} were to be"
     if left is not dense and output.settings() != left.checkpoint.settings():
         yield "config.json is not the source's with the blocks taken out that are gone, and its neurons and heads"
     if recipe.shape is not None:

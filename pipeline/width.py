@@ -11,6 +11,7 @@ from pipeline.head_count import heads_left, heads_numel, heads_of
 from pipeline.methods.structured.narrowing import Narrowing
 from pipeline.methods.structured.shape_step import ShapeStep
 from pipeline.methods.structured.widths import rounded_width, share_of_neurons, widths_by_importance
+from pipeline.silencing import part_silenced
 from pipeline.skeleton import Skeleton
 
 
@@ -42,17 +43,18 @@ def width_left(
 ) -> Width | None:
     """Return how many neurons every block that stays is to keep; None where whole blocks are all that goes.
 
-    ratio: the part of all blocks' parameters that goes; what heads do not give of it, neurons do. importance: of the
-    blocks that stay, where each gets a width of its own. As long as it is not known all count alike: what goes of all
-    blocks together is the same. Raises ConfigError for families whose neurons or heads are not known, and where that
-    part leaves too few neurons, or none to go.
+    ratio: the part of all blocks' parameters that goes; what heads, and attentions that are silenced, do not give of
+    it, neurons do. importance: of the blocks that stay, where each gets a width of its own. As long as it is not known
+    all count alike: what goes of all blocks together is the same. Raises ConfigError for families whose neurons or
+    heads are not known, and where that part leaves too few neurons, or none to go.
     """
     if not isinstance(step, Narrowing):
         return None
     width = num_neurons(dense)
     share = share_of_neurons(
-        ratio, num_blocks=dense.num_blocks, num_dropped=num_dropped, block_numel=dense.block_numel(0),
-        neuron_numel=neuron_numel(dense), width=width, heads_numel=heads_numel(dense, heads_left(step, dense)),
+        ratio - part_silenced(step, dense, ratio), num_blocks=dense.num_blocks, num_dropped=num_dropped,
+        block_numel=dense.block_numel(0), neuron_numel=neuron_numel(dense), width=width,
+        heads_numel=heads_numel(dense, heads_left(step, dense)),
     )  # fmt: skip
     if not share:
         return None

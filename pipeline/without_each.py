@@ -32,8 +32,8 @@ def evaluate_without_each(
 ) -> None:
     """Tell `found` each of the blocks, in ascending order, and the perplexity of the model without it.
 
-    without: the model without one of its blocks, which is not its last. `between_blocks` is called after every block
-    that has run, and may raise to end this.
+    without: the model without one of its blocks, which is not its last, or with less of it in its place.
+    `between_blocks` is called after every block that has run, and may raise to end this.
     """
     stream = Stream(skeleton, skeleton.checkpoint)
     with closing(embed_tokens(skeleton, tokens_NT, batch, memory.store, "entering")) as entering:

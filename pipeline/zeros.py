@@ -1,7 +1,8 @@
-"""Tensors of zeros that a checkpoint has not: the same model, with room for what steps will put there.
+"""Tensors of zeros that a checkpoint has not, or has with other values: seen like this, nobody else has to know.
 
 A bias of zeros changes nothing, so a model whose MLPs are to get biases begins as the same model with biases of zeros:
-blocks read them, steps give them values, what is written and verified has them, and nobody else has to know.
+blocks read them, steps give them values, and what is written and verified has them. An attention whose output
+projection is zero adds nothing, so a model without some attentions is the dense one with zeros there.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +20,7 @@ from pipeline.methods.structured.narrowing import Narrowing
 from pipeline.methods.structured.shape_step import ShapeStep
 from pipeline.shape import Shape
 from pipeline.shards import PIECE_BYTES
+from pipeline.silencing import writers
 from pipeline.skeleton import Skeleton
 
 TAKE_MLP_BIASES = ("granite", "llama")
@@ -100,6 +102,9 @@ def with_zeros(dense: Skeleton, shape: Shape) -> Checkpoint:
         for block in range(dense.num_blocks)
         for own, stored in added_names(dense, block, shape).items()
     }
+    for stored in (name for block in shape.silent for name in writers(dense, block)):
+        entry = dense.checkpoint.tensors[stored]
+        zeros[stored] = _entry(stored, entry.dtype, entry.shape)
     return WithZeros(dense.checkpoint, zeros) if zeros else dense.checkpoint
 
 

@@ -9,7 +9,7 @@ from pipeline.methods.reconstruct import Reconstruct
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.methods.step import Step
 from pipeline.methods.structured.narrowing import Comp, WandaSp
-from pipeline.methods.structured.published import Flap
+from pipeline.methods.structured.published import Flap, TwoSsp
 from pipeline.methods.structured.shape_step import ShortGpt, Sleb
 from pipeline.methods.wanda import Wanda
 
@@ -25,6 +25,7 @@ METHODS: dict[str, type[Step]] = {
     "comp": Comp,
     "wanda_sp": WandaSp,
     "flap": Flap,
+    "two_ssp": TwoSsp,
     "shortgpt": ShortGpt,
     "sleb": Sleb,
 }

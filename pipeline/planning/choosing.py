@@ -8,6 +8,7 @@ from pipeline.methods.structured.shape_step import ShapeStep
 from pipeline.narrower import narrowed
 from pipeline.shape import without_last
 from pipeline.shape_record import num_kept
+from pipeline.silencing import num_silenced, part_silenced
 from pipeline.skeleton import Skeleton
 from pipeline.splits import splits_of
 from pipeline.width import width_left
@@ -50,6 +51,16 @@ def choosing_of(step: ShapeStep, num_blocks: int, num_dropped: int) -> Choosing:
     )  # fmt: skip
 
 
+def choosing_attentions(num_blocks: int, num_silent: int) -> Choosing:
+    """Return about what is run to choose that many attentions, for it depends on which are silenced first.
+
+    For each candidate the blocks from it on are run, half of all, and once those before the last one.
+    """
+    models = sum(num_blocks - gone for gone in range(num_silent))
+    blocks = models * (num_blocks + 1) // 2 + num_silent * (num_blocks - 1)
+    return Choosing(models=models, embedded=num_silent, blocks=blocks, evaluates=True)
+
+
 def planned_shape(config: RunConfig, dense: Skeleton) -> tuple[Skeleton, Choosing | None]:
     """Return a model as small as a run will make it, and what choosing its blocks takes; None where it is done.
 
@@ -65,10 +76,23 @@ def planned_shape(config: RunConfig, dense: Skeleton) -> tuple[Skeleton, Choosin
     gone = dense.num_blocks - (kept or 0)
     num_dropped = gone if gone in splits else splits[0]
     width = width_left(step, dense, num_dropped, ratio)
-    settled = kept is not None or not (num_dropped or (step.widths_differ and width is not None))
-    choosing = None if settled else choosing_of(step, dense.num_blocks, num_dropped)
+    num_silent, choosing = num_silenced(step, dense, ratio), None
+    if kept is None and num_silent:
+        choosing = choosing_attentions(dense.num_blocks, num_silent)
+    elif kept is None and (num_dropped or (step.widths_differ and width is not None)):
+        choosing = choosing_of(step, dense.num_blocks, num_dropped)
     shape = replace(
         without_last(dense.num_blocks, num_dropped), width=width, mlp_bias=adds_biases(step, dense, width),
-        heads=heads_left(step, dense),
+        heads=heads_left(step, dense), silent=tuple(range(num_silent)),
     )  # fmt: skip
     return narrowed(dense, shape), choosing
+
+
+def part_idle(config: RunConfig, dense: Skeleton) -> float:
+    """Return the part of all blocks' parameters that will be idle, because attentions are silenced."""
+    recipe = config.prune.steps
+    return (
+        0.0
+        if recipe.shape is None
+        else float(part_silenced(recipe.shape, dense, recipe.part_removed(config.prune.target)))
+    )

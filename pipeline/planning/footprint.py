@@ -27,6 +27,7 @@ from pipeline.planning.held import Held, Phase, on_device, on_host
 from pipeline.planning.methods_work import made_bytes
 from pipeline.planning.scale import Generation, Scale
 from pipeline.planning.work import statistics_bytes
+from pipeline.sequence_norms import SequenceNorms
 from pipeline.sparsity import selection_bytes
 from pipeline.statistics import SLAB_NUMEL, ColumnSquares, Gram, Moments
 
@@ -177,7 +178,7 @@ def _statistics(scale: Scale) -> Iterator[Held]:
     kinds = {*scale.recipe.statistics, *scale.recipe.neuron_statistics}
     if Gram in kinds and scale.dtype != torch.float32:
         yield on_device("inputs in float32", 4 * inputs)
-    if {ColumnSquares, Moments} & kinds:
+    if {ColumnSquares, Moments, SequenceNorms} & kinds:
         yield from _squaring(scale)
 
 

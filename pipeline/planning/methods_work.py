@@ -12,7 +12,7 @@ from pipeline.methods.reconstruct import Reconstruct
 from pipeline.methods.sparsegpt import SparseGPT
 from pipeline.methods.step import BlockStep, Step
 from pipeline.methods.structured.narrowing import Comp, Narrowing, WandaSp
-from pipeline.methods.structured.published import Flap
+from pipeline.methods.structured.published import Flap, TwoSsp
 from pipeline.methods.structured.recovery import DAMPINGS
 from pipeline.planning.work import Count, Linears, Pruning, Workload, weights_of
 from pipeline.recipe import Recipe
@@ -169,4 +169,5 @@ _PRUNING: dict[type[Step], Callable[[Workload, Step], Pruning]] = {
     Comp: _narrowing,
     WandaSp: _narrowing,
     Flap: _narrowing,
+    TwoSsp: _narrowing,
 }

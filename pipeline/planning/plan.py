@@ -26,7 +26,7 @@ from pipeline.head_count import heads_of
 from pipeline.memory_config import MemoryConfig
 from pipeline.paging.engines import open_pager
 from pipeline.paging.spool import existing
-from pipeline.planning.choosing import Choosing
+from pipeline.planning.choosing import Choosing, part_idle
 from pipeline.planning.fitting import Limit, Room, choose, preferences, refusal
 from pipeline.planning.footprint import Choice, Fit, footprint
 from pipeline.planning.held import Phase, working_sets
@@ -116,6 +116,9 @@ class Plan:
     """Runs that try splits between whole blocks and neurons first, counted in all figures; the rest of them is of the
     run that follows, with as many blocks as may be."""
 
+    part_idle: float
+    """Of all blocks' parameters: those of attentions that are silenced, which take as much room and time as before."""
+
     width: int | None
     """Neurons that are left in every block, where some of them go; the mean, where widths differ."""
 
@@ -130,7 +133,8 @@ class Plan:
         """What is left of the blocks, in words."""
         about, heads = "about " if self.widths_differ else "", f" and {self.heads}" if self.heads else ""
         each = f" of {about}{self.width:,} neurons{heads}" if self.width else ""
-        return f"{self.num_blocks} blocks{each}; {self.part_gone:.2%} of all blocks' parameters go"
+        idle = f", {self.part_idle:.2%} become idle with silenced attentions" if self.part_idle else ""
+        return f"{self.num_blocks} blocks{each}; {self.part_gone:.2%} of all blocks' parameters go{idle}"
 
     @property
     def fit(self) -> Fit:
@@ -173,6 +177,7 @@ def make_plan(config: RunConfig, directory: Path, speeds: Speeds | None, baselin
             limits={place: limit.num_bytes for place, limit in room.limits.items()},
             output_bytes=bytes_left(skeleton),
             part_gone=part_gone(dense, skeleton),
+            part_idle=part_idle(config, dense),
             width=mean_width(skeleton),
             widths_differ=shape is not None and shape.widths_differ,
             heads=heads_of(skeleton),

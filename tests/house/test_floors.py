@@ -15,13 +15,14 @@ ROOT = Path(__file__).parents[2]
 FLOORS = {
     0: "pipeline: allocation_config anatomy attention block_widths budget cluster_config devices durable errors header "
     "heap human lazy_weights memory_config meter numerics peers progress records shard_names sparsity stream_names",
-    1: "pipeline: allocation head_config methods shards statistics",
+    1: "pipeline: allocation head_config methods sequence_norms shards statistics",
     2: "pipeline: calibration checkpoint config hub ledger own_text paging recipe shape shape_record sharing shelf "
     "sources",
-    3: "pipeline: activations head_count linears narrower order skeleton splits width zeros",
+    3: "pipeline: activations head_count linears narrower order silencing skeleton splits width zeros",
     4: "pipeline: assemble begun block_writer cutting importance inputs memory outliers planning prune_block sampler "
     "remains self_calibration stage stream survey transaction uneven weights workbench",
-    5: "pipeline: allocate choose_shape demo_model doctor evaluate job report run try_splits verify without_each",
+    5: "pipeline: allocate choose_attentions choose_shape demo_model doctor evaluate job looking report run "
+    "try_splits verify without_each",
     6: "cluster: cli_shared console credentials job_shape jobs messages package topology",
     7: "cluster: cost_model depot expectation failures follow forecast replicas schedule shelves state submit trace "
     "watch worker",

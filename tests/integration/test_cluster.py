@@ -40,6 +40,7 @@ NARROW: RecipeEntries = [
 FEWER_HEADS: RecipeEntries = [{"comp": {"ratio": 0.4, "heads": 0.5, "multiple": 8}}, "wanda"]
 BIASED: RecipeEntries = [{"flap": {"ratio": 0.3, "multiple": 8}}, "wanda"]
 TRIED: RecipeEntries = [{"comp": {"ratio": 0.4, "depth_fraction": "auto", "multiple": 8}}, "wanda"]
+SILENT_SOME: RecipeEntries = [{"two_ssp": {"ratio": 0.4, "multiple": 8}}, "wanda"]
 REBUILT: RecipeEntries = [BESA_DENSE, "sparsegpt"]
 """Both streams must be made again after a stop, and kept weights are new ones, rounded to what is stored."""
 
@@ -72,7 +73,9 @@ def test_wanda_prunes_as_one_process_does(
 
 
 @pytest.mark.parametrize(
-    "recipe", [["sparsegpt"], ["besa"], [BESA_DENSE], BOTH, TUNED, NARROW, FEWER_HEADS, BIASED, TRIED], ids=str
+    "recipe",
+    [["sparsegpt"], ["besa"], [BESA_DENSE], BOTH, TUNED, NARROW, FEWER_HEADS, BIASED, TRIED, SILENT_SOME],
+    ids=str,
 )
 def test_three_stages_make_what_one_process_makes(
     recipe: RecipeEntries, source: Path, in_one_process: Callable[[RecipeEntries], Path], tmp_path: Path
@@ -128,7 +131,7 @@ def test_magnitude_does_not_ask_how_the_sequences_are_spread(
     assert pruned_alike(tmp_path) == pruned_alike(in_one_process(["magnitude"]))
 
 
-@pytest.mark.parametrize("recipe", [BOTH, TUNED, NARROW, FEWER_HEADS, BIASED], ids=str)
+@pytest.mark.parametrize("recipe", [BOTH, TUNED, NARROW, FEWER_HEADS, BIASED, SILENT_SOME], ids=str)
 def test_gram_matrices_and_gradients_of_two_replicas_sum_to_the_same_bytes_in_every_run(
     recipe: RecipeEntries, source: Path, tmp_path: Path
 ) -> None:

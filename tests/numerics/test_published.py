@@ -1,15 +1,18 @@
-"""Steps of others: FLAP's bias, by the book and for whole blocks."""
+"""Steps of others: FLAP's bias, by the book and for whole blocks; 2SSP's neurons."""
 
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from pipeline.lazy_weights import Maker
 from pipeline.methods.step import NOTHING
 from pipeline.methods.structured.narrowing import Comp, CutBlock, Narrowing, Neurons
-from pipeline.methods.structured.published import Flap
-from pipeline.statistics import ColumnSquares, Gram, Moments
+from pipeline.methods.structured.published import Flap, TwoSsp
+from pipeline.sequence_norms import SequenceNorms
+from pipeline.statistics import ColumnSquares, Gathered, Gram, Moments
 from tests.blocks import SharedBlock
 from tests.numerics.test_narrowing import NUM_KEPT, NUM_NEURONS, ReaderBlock, gathered, normal
 from tests.replicas import ThreadPeer, together
@@ -134,3 +137,26 @@ def test_all_replicas_end_with_the_same_bias(shares: list[slice]) -> None:
 def test_only_what_the_metric_and_the_bias_need_is_gathered(step: Narrowing, kinds: set[type]) -> None:
     assert set(step.neuron_statistics) == kinds
     assert step.num_recoveries == {"bias": 1, "none": 0, "mask": 5}[step.recovery]
+
+
+@pytest.mark.parametrize("recovery", ["none", "bias"])
+def test_neurons_of_the_least_mean_norm_go(recovery: str) -> None:
+    block, norms = BiasedBlock(), SequenceNorms.empty(NUM_NEURONS, torch.device("cpu"))
+    for x_TU in block.hidden_BTD[:14]:
+        norms.update(x_TU)
+    step = TwoSsp.model_validate({"recovery": recovery})
+    assert set(step.neuron_statistics) == {SequenceNorms, *([Moments] if recovery == "bias" else [])}
+    statistics = Gathered([norms, gathered(block.hidden_BTD[:14]).of(Moments)])
+    made = step.cut(
+        block, Neurons(reader="down", num_kept=NUM_KEPT, gathered=statistics, num_fitted=14), lambda figures: None
+    )
+    by_hand = [sum(x_TU[:, unit].double().norm().item() for x_TU in block.hidden_BTD[:14]) for unit in range(24)]
+    least = sorted(range(24), key=lambda unit: by_hand[unit])[: NUM_NEURONS - NUM_KEPT]
+    assert (~made.keep_U).nonzero()[:, 0].tolist() == sorted(least)
+    assert (made.bias_O is None) == (recovery == "none")
+
+
+def test_whole_blocks_stay_with_2ssp() -> None:
+    assert TwoSsp().num_dropped(32, Fraction(1, 2)) == 0
+    with pytest.raises(ValidationError, match=r"depth_fraction\n.*less than or equal to 0"):
+        TwoSsp(depth_fraction=0.5)

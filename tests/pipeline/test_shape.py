@@ -61,7 +61,7 @@ def test_a_list_of_another_length_is_refused() -> None:
 
 
 def test_a_shape_survives_as_plain_data_and_knows_what_is_gone() -> None:
-    biased, uneven = Shape(kept=(0, 1), width=8, mlp_bias=True), Shape(kept=(0, 1), width=(8, 9))
+    biased, uneven = Shape(kept=(0, 1), width=8, mlp_bias=True, silent=(1,)), Shape(kept=(0, 1), width=(8, 9))
     headless = Shape(kept=(0,), width=8, heads=HeadLayout(num_heads=3, num_groups=1, head_dim=8))
     for shape in (KEPT, Shape(kept=(0, 1), width=8), biased, uneven, headless):
         assert Shape.from_data(shape.as_data()) == shape

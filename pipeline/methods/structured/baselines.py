@@ -19,6 +19,7 @@ from fractions import Fraction
 import torch
 
 from pipeline.errors import ConfigError
+from pipeline.methods.structured.widths import MOST
 
 
 def wanda_sp(weight_OD: torch.Tensor, squares_D: torch.Tensor, unit_size: int = 1) -> torch.Tensor:
@@ -91,11 +92,6 @@ def keep_of_pools(pools: Sequence[Pool], ratio: float) -> list[torch.Tensor]:
     return [part.view_as(pool.score_BU) for part, pool in zip(parts, pools, strict=True)]
 
 
-def two_ssp(norm_SD: torch.Tensor) -> torch.Tensor:
-    """Return 2SSP's score of neurons: the mean over sequences of ||x_j||_2 over a sequence's tokens, float64 [D]."""
-    return norm_SD.double().mean(dim=0)
-
-
 def two_ssp_split(
     ratio: Fraction, *, num_blocks: int, mlp_numel: int, attention_numel: int, alpha: float = 1.5
 ) -> tuple[int, Fraction]:
@@ -107,9 +103,10 @@ def two_ssp_split(
     num_attentions = round(num_blocks * float(ratio) ** (mlp_numel / attention_numel / alpha))
     rest = ratio * num_blocks * (mlp_numel + attention_numel) - num_attentions * attention_numel
     share = max(Fraction(0), rest / (num_blocks * mlp_numel))
-    if share >= 1:
+    if share > MOST:
         raise ConfigError(
             f"2SSP's split of {float(ratio):.1%} over {num_blocks} blocks takes {num_attentions} attentions and "
-            f"{float(share):.1%} of all neurons; there are no more than 100%: remove less"
+            f"{float(share):.1%} of all neurons, above the most a block may lose, {float(MOST):.0%}; remove less, or "
+            "silence more attentions (a larger `alpha`)"
         )
     return num_attentions, share

@@ -21,20 +21,18 @@ from pydantic import Field, model_validator
 
 from pipeline.attention import HeadUnit
 from pipeline.methods.step import BlockView, Report, Shapes
-from pipeline.methods.structured.baselines import flap_of_units, wanda_sp
 from pipeline.methods.structured.judge import Judge, Mended
 from pipeline.methods.structured.mask_problem import SLAB_NUMEL, MaskProblem
 from pipeline.methods.structured.recovery import DAMPINGS, best_of, bias_of, folded, is_sound, solved
+from pipeline.methods.structured.scores import SCORED_BY, score_of
 from pipeline.methods.structured.selection import Metric, Rounds, Selection, keep_without_lowest, select
 from pipeline.methods.structured.sized_step import DepthFraction, SizedStep
+from pipeline.sequence_norms import SequenceNorms
 from pipeline.sparsity import SemiStructured, Sparsity
-from pipeline.statistics import ColumnSquares, Gathered, Gram, Moments, Statistic
+from pipeline.statistics import Gathered, Gram, Moments, Statistic
 
-NeuronMetric = Literal["condition", "forward", "kappa", "wanda_sp", "flap"]
+NeuronMetric = Literal["condition", "forward", "kappa", "wanda_sp", "flap", "two_ssp"]
 Recovery = Literal["mask", "lstsq", "bias", "none"]
-
-_SCORED_BY: dict[str, type[Statistic]] = {"wanda_sp": ColumnSquares, "flap": Moments}
-"""What the metrics that are a score alone need; the others need the Gram matrix."""
 
 _MENDED_BY: dict[Recovery, tuple[type[Statistic], ...]] = {
     "mask": (Gram,), "lstsq": (Gram,), "bias": (Moments,), "none": ()
@@ -90,7 +88,8 @@ class Narrowing(SizedStep):
 
     neuron_metric: NeuronMetric = "condition"
     """By what neurons are judged: how much the error rises when one goes and all others are rescaled (`condition`),
-    what it alone carries (`forward`), how far others stand in for it (`kappa`), or scores of Wanda-sp and FLAP."""
+    what it alone carries (`forward`), how far others stand in for it (`kappa`), or scores of Wanda-sp, FLAP and 2SSP
+    (`wanda_sp`, `flap`, `two_ssp`)."""
 
     recovery: Recovery = "mask"
     """What makes up for them: rescaling the others (`mask`), solving for all weights that read them (`lstsq`), what
@@ -144,7 +143,7 @@ class Narrowing(SizedStep):
     @property
     def neuron_statistics(self) -> tuple[type[Statistic], ...]:
         """What the metric and the recovery need."""
-        return tuple(dict.fromkeys((_SCORED_BY.get(self.neuron_metric, Gram), *_MENDED_BY[self.recovery])))
+        return tuple(dict.fromkeys((SCORED_BY.get(self.neuron_metric, Gram), *_MENDED_BY[self.recovery])))
 
     @property
     def needs_targets(self) -> bool:
@@ -168,6 +167,8 @@ class Narrowing(SizedStep):
         return max(self._working_bytes(*shapes[reader]) for reader in readers)
 
     def _working_bytes(self, num_rows: int, num_columns: int) -> int:
+        if self.neuron_statistics == (SequenceNorms,):
+            return 40 * num_columns  # scores and their order: no weight is looked at
         if Gram not in self.neuron_statistics:
             return 16 * num_rows * num_columns  # the weights, and their sizes
         matrices = 2 if Gram in _MENDED_BY[self.recovery] else 1
@@ -195,11 +196,8 @@ class Narrowing(SizedStep):
     def _choose(self, weight_OD: torch.Tensor, neurons: Neurons) -> Selection:
         gathered, size, pools = neurons.gathered, neurons.unit_size, neurons.num_pools
         num_pruned = (weight_OD.shape[1] // size - neurons.num_kept) // pools
-        if self.neuron_metric in _SCORED_BY:
-            if self.neuron_metric == "flap":
-                score_U = flap_of_units(weight_OD, gathered.of(Moments).variance_D, size)
-            else:
-                score_U = wanda_sp(weight_OD, gathered.of(ColumnSquares).squares_D, size)
+        if self.neuron_metric in SCORED_BY:
+            score_U = score_of(self.neuron_metric, weight_OD, gathered, size)
             keep_U = keep_without_lowest(score_U, num_pruned, pools)
             return Selection(keep_U=keep_U, mask_U=keep_U.double(), num_unmet=0, rise=0.0, notes={})
         rounds = Rounds(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,7 +14,7 @@ from pipeline.config import parse_config
 from pipeline.methods.structured.depth import Dropped, ends, greedy_by_rounds, rescored
 from pipeline.methods.structured.narrowing import Comp
 from pipeline.methods.structured.shape_step import Depth, ShortGpt
-from pipeline.planning.choosing import Choosing, choosing_of, planned_shape
+from pipeline.planning.choosing import Choosing, choosing_attentions, choosing_of, planned_shape
 from pipeline.planning.plan import Plan, make_plan
 from pipeline.skeleton import Skeleton
 from tests.tiny import save_tiny
@@ -75,6 +76,20 @@ def test_a_plan_counts_the_survey_that_widths_take(depth: Depth, tmp_path: Path)
     assert (uneven.widths_differ, even.widths_differ) == (True, False)
     assert 0.4 <= uneven.part_gone < even.part_gone, "two widths come nearer to what is asked than one"
     assert (uneven.width, even.width) == (40, 39), "the mean of 39 and 40, rounded"
+
+
+@pytest.mark.parametrize("num_silent", [1, 2, 3])
+def test_choosing_attentions_takes_about_what_any_order_takes(num_silent: int) -> None:
+    def run(order: tuple[int, ...]) -> int:
+        """Blocks: for each candidate those from it on, and once those before the last candidate."""
+        live = [[block for block in range(8) if block not in order[:round]] for round in range(num_silent)]
+        return sum(sum(8 - block for block in candidates) + max(candidates) for candidates in live)
+
+    orders = [run(order) for order in permutations(range(8), num_silent)]
+    planned = choosing_attentions(8, num_silent)
+    assert min(orders) <= planned.blocks <= max(orders)
+    assert planned.blocks == pytest.approx(sum(orders) / len(orders), rel=0.02)
+    assert (planned.models, planned.embedded) == (sum(8 - round for round in range(num_silent)), num_silent)
 
 
 @pytest.mark.parametrize(
