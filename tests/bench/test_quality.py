@@ -184,7 +184,9 @@ def test_smaller_models_stand_in_their_table_with_what_they_weigh() -> None:
     assert {0.1, 0.2, 0.3} <= {run.sparsity for run in bench.runs()}
     run = Run(recipe="comp", sparsity=0.2, size="16x256", seed=0)
     made = result(bench, run)
-    weight = Weight(parameters=112_697_280, part_removed=0.2056, num_bytes=225_400_000, reading=1.25, writing=1.5)
+    weight = Weight(
+        parameters=112_697_280, part_removed=0.2056, part_idle=0.0, num_bytes=225_400_000, reading=1.25, writing=1.5
+    )
     weighed = replace(made, figures=replace(made.figures, elapsed=61.0, weight=weight))
     lines = smaller_section(board_of(bench, [result(bench, None, 27.43), weighed], "m")).splitlines()
     assert "| comp | 20.6% | 112,697,280 | 225.4 MB | 50.00 | 50.00 | 1.25 | 1.50 | 61 s | 0.21 GB |" in lines

@@ -170,7 +170,7 @@ def require_achieved(run: Run, achieved: float, weight: Weight | None = None) ->
     """Hold what was pruned against what was asked for, but for counts rounded: row by row, or to widths and blocks."""
     asked = parse_sparsity(run.sparsity).ratio
     rounding = ROUNDING if weight is None else SHAPE_ROUNDING
-    achieved = achieved if weight is None else weight.part_removed
+    achieved = achieved if weight is None else weight.part_removed + weight.part_idle
     if abs(achieved - asked) > rounding:
         raise RuntimeError(f"{achieved:.4f} of the weights were pruned instead of {asked:.4f}: no figures of {run}")
 

@@ -29,9 +29,10 @@ def smaller_table(board: Board, sparsity: Amount) -> str:
 def smaller_line(texts: Sequence[str], row: Row) -> list[str]:
     """Return the cells of one recipe."""
     weights = weights_of(row)
+    idle = mean(w.part_idle for w in weights)
     return [
         row.recipe,
-        f"{mean(w.part_removed for w in weights):.1%}",
+        f"{mean(w.part_removed for w in weights):.1%}" + (f", {idle:.1%} idle" if idle else ""),
         f"{weights[0].parameters:,}",
         f"{weights[0].num_bytes / 1e6:.1f} MB",
         *(row.over_seeds(text) for text in texts),

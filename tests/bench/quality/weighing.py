@@ -1,7 +1,7 @@
 """What a smaller model saves: parameters counted from its files, bytes on disk, and speed beside the dense one.
 
-Both models are loaded by stock transformers into one process and take turns, so that whatever else the machine does
-slows both; of each the fastest turn counts. On a CPU it is the process's own time, without what others take.
+Both are transformers models in one process and take turns, so that whatever else the machine does slows both; of each
+the fastest turn counts. On a CPU it is the process's own time, without what others take.
 """
 
 import time
@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pipeline.checkpoint import Checkpoint
+from pipeline.silencing import attention_numel, writers
 from pipeline.skeleton import Skeleton
+from pipeline.uneven import load
 
 PROMPT, NEW = 512, 32
 """Tokens read at once, and tokens written one after the other."""
@@ -30,6 +32,9 @@ class Weight:
     part_removed: float
     """Of the parameters of the dense model's blocks."""
 
+    part_idle: float
+    """The same: still there, in attentions that write zeros alone."""
+
     num_bytes: int
     """Of its safetensors files."""
 
@@ -44,13 +49,11 @@ class Weight:
 def weigh(dense: Path, smaller: Path, dtype: torch.dtype, device: torch.device, num_turns: int = 5) -> Weight:
     """Count what is in two checkpoints' files, and let both models read and write in turn, batch 1."""
     before, after = count(dense), count(smaller)
-    models = [
-        AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).to(device).eval()
-        for path in (dense, smaller)
-    ]
+    models = [load(path, dtype, device) for path in (dense, smaller)]
     return Weight(
         parameters=after.parameters,
         part_removed=1 - after.in_blocks / before.in_blocks,
+        part_idle=after.idle / before.in_blocks,
         num_bytes=sum(file.stat().st_size for file in smaller.glob("*.safetensors")),
         reading=ratio(models, read, num_turns),
         writing=ratio(models, write, num_turns),
@@ -63,14 +66,20 @@ class Count:
 
     parameters: int
     in_blocks: int
+    idle: int
+    """In attentions that write zeros alone."""
 
 
 def count(directory: Path) -> Count:
     """Count a checkpoint's parameters from the headers of its files."""
     with closing(Checkpoint.open(directory)) as checkpoint:
         skeleton = Skeleton(checkpoint, torch.device("cpu"), torch.float32)
-        in_blocks = sum(skeleton.block_numel(index) for index in range(skeleton.num_blocks))
-        return Count(parameters=checkpoint.numel(), in_blocks=in_blocks)
+        blocks = range(skeleton.num_blocks)
+        silent = [i for i in blocks if not any(checkpoint.read(name).any() for name in writers(skeleton, i))]
+        return Count(
+            parameters=checkpoint.numel(), in_blocks=sum(skeleton.block_numel(index) for index in blocks),
+            idle=len(silent) * attention_numel(skeleton) if silent else 0,
+        )  # fmt: skip
 
 
 def ratio(models: list[PreTrainedModel], turn: Callable[[PreTrainedModel], None], num_turns: int) -> float:
