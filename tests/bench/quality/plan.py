@@ -58,6 +58,9 @@ class Contender(Section):
     calibration: dict[str, Any] = Field(default_factory=dict)
     """Settings that replace the bench's, such as another source: the seed is then a seed."""
 
+    continued: int = Field(default=0, ge=0)
+    """Sequences more, in which the model goes on from those of the bench."""
+
     sparsities: tuple[Amount, ...] | None = None
     """Those it can be asked for; all of the bench when absent."""
 

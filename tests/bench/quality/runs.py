@@ -61,7 +61,8 @@ class Workshop:
         """Return all that decides a run's figures but the code; None is the dense model."""
         if run is None:
             return self.common
-        own = self.bench.recipes[run.recipe].calibration
+        recipe = self.bench.recipes[run.recipe]
+        own = {**recipe.calibration, **({"continued": recipe.continued} if recipe.continued else {})}
         tokens = {} if "source" in own else {"tokens": digest(self.stretch(run))}
         return {**self.common, "prune": self.bench.prune_of(run), "calibration": {**own, **tokens}}
 
@@ -128,13 +129,17 @@ class Workshop:
     def _config(self, run: Run) -> dict[str, Any]:
         """Return a run's configuration, its tokens written where it finds them."""
         num_sequences, length = shape_of(run.size)
-        calibration = {"sequences": num_sequences, "tokens": length, **self.bench.recipes[run.recipe].calibration}
+        recipe = self.bench.recipes[run.recipe]
+        calibration: dict[str, Any] = {"sequences": num_sequences, "tokens": length, **recipe.calibration}
         if "source" in calibration:
             calibration["seed"] = run.seed
         else:
             file = self.scratch / "tokens.safetensors"
             save_file({"tokens": self.stretch(run)}, file)
             calibration["source"] = {"tokens": str(file)}
+        if recipe.continued:
+            calibration["source"] = {"self": {"continues": calibration["source"], "given": num_sequences}}
+            calibration |= {"sequences": num_sequences + recipe.continued, "seed": run.seed}
         return {
             "model": str(self.model),
             "output": str(self.scratch / "run"),
