@@ -1,18 +1,17 @@
 """What tests of runs that take neurons out of blocks share: recipes and settings."""
 
 import json
-from contextlib import closing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from pipeline.anatomy import kept_from_text, mlp_of
-from pipeline.checkpoint import Checkpoint
+from pipeline.anatomy import kept_from_text
 from pipeline.ledger import Ledger
-from pipeline.skeleton import Skeleton
-from pipeline.stream import Stream
+from tests.integration.streamed import streamed_logits
 from tests.integration.support import RecipeEntries, job, tensors_in
 
 NARROW: RecipeEntries = [{"comp": {"depth_fraction": 0.0}}]
@@ -39,24 +38,18 @@ def exchange(model: Path, name: str, change: Any) -> None:
     save_file(tensors, model / index[name], metadata={"format": "pt"})
 
 
-@torch.no_grad()
 def zeroed_logits(source: Path, run_directory: Path, tokens: torch.Tensor) -> torch.Tensor:
     """Of the dense model, with the weights that read its neurons as the run has left them, zero where they are gone."""
     commits, written = Ledger.read(run_directory).commits, tensors_in(run_directory / "model")
-    with closing(Checkpoint.open(source)) as checkpoint:
-        skeleton = Skeleton(checkpoint, torch.device("cpu"), torch.float32)
-        stream, reader = Stream(skeleton, checkpoint), f"{mlp_of(skeleton.model.config).reader}.weight"
-        with stream.outside_weights():
-            hidden = stream.embed(tokens)
-        for index, commit in commits.items():
-            assert commit.cut is not None
-            block, name = skeleton.load_block(index, checkpoint), skeleton.block_names(index)[reader]
-            weight = block.get_parameter(reader).data
-            weight.zero_()
-            weight[:, kept_from_text(commit.cut.kept, commit.cut.num_neurons)] = written[name].float()
-            hidden = stream.run_block(index, hidden)
-        with stream.outside_weights():
-            return stream.logits(hidden)
+
+    def alter(index: int, block: nn.Module, names: Mapping[str, str]) -> None:
+        cut, reader = commits[index].cut, "mlp.down_proj.weight"
+        assert cut is not None
+        weight = block.get_parameter(reader).data
+        weight.zero_()
+        weight[:, kept_from_text(cut.kept, cut.num_neurons)] = written[names[reader]].float()
+
+    return streamed_logits(source, tokens, alter)
 
 
 def widths_in(model: Path) -> list[int]:

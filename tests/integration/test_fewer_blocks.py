@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -11,13 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pipeline.checkpoint import Checkpoint
 from pipeline.errors import VerificationError
-from pipeline.skeleton import Skeleton
-from pipeline.stream import Stream
 from pipeline.verify import verify
 from tests.integration.smaller import NUM_BLOCKS, SHORTGPT, THEN_WANDA, kept_of, settings
 from tests.integration.smaller import six_blocks as six_blocks
+from tests.integration.streamed import streamed_logits
 from tests.integration.support import (
     SILENT,
     carry_out,
@@ -44,21 +41,6 @@ with torch.no_grad():
 """
 
 
-@torch.no_grad()
-def logits_over(source: Path, kept: list[int], tokens: torch.Tensor) -> torch.Tensor:
-    """The dense model, of whose blocks only some are run."""
-    with closing(Checkpoint.open(source)) as checkpoint:
-        skeleton = Skeleton(checkpoint, torch.device("cpu"), torch.float32)
-        stream = Stream(skeleton, checkpoint)
-        with stream.outside_weights():
-            hidden = stream.embed(tokens)
-        for block in kept:
-            skeleton.load_block(block, checkpoint)
-            hidden = stream.run_block(block, hidden)
-        with stream.outside_weights():
-            return stream.logits(hidden)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_output_is_the_dense_model_over_its_kept_blocks(family: str, tmp_path: Path) -> None:
     write_text(tmp_path)
@@ -69,7 +51,7 @@ def test_the_output_is_the_dense_model_over_its_kept_blocks(family: str, tmp_pat
     loaded, info = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     with torch.no_grad():
-        torch.testing.assert_close(loaded(tokens).logits, logits_over(tmp_path / "source", kept, tokens))
+        torch.testing.assert_close(loaded(tokens).logits, streamed_logits(tmp_path / "source", tokens, blocks=kept))
         with_cache = loaded.generate(tokens[:, :6], max_new_tokens=12, do_sample=False)
         without = loaded.generate(tokens[:, :6], max_new_tokens=12, do_sample=False, use_cache=False)
     assert with_cache.tolist() == without.tolist()

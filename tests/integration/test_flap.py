@@ -2,24 +2,22 @@
 
 import json
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig
 
 from pipeline.anatomy import kept_from_text
-from pipeline.checkpoint import Checkpoint
 from pipeline.errors import ConfigError, RunStopped, VerificationError
 from pipeline.ledger import Ledger
-from pipeline.skeleton import Skeleton
-from pipeline.stream import Stream
 from pipeline.verify import verify
 from tests.integration.narrow import settings
 from tests.integration.processes import Child, prune_until_write
+from tests.integration.streamed import streamed_logits
 from tests.integration.support import (
     SILENT,
     RecipeEntries,
@@ -78,26 +76,19 @@ def source(tmp_path_factory: pytest.TempPathFactory, more_families: None) -> Pat
     return source_of("sure", tmp_path_factory.mktemp("flap"))
 
 
-@torch.no_grad()
 def zeroed_logits(source: Path, run_directory: Path, tokens: torch.Tensor) -> torch.Tensor:
     """Of the dense model, run block by block with zeros where neurons are gone, and the run's biases added by hand."""
     commits, written = Ledger.read(run_directory).commits, tensors_in(run_directory / "model")
-    with closing(Checkpoint.open(source)) as checkpoint:
-        skeleton = Skeleton(checkpoint, torch.device("cpu"), torch.float32)
-        stream = Stream(skeleton, checkpoint)
-        with stream.outside_weights():
-            hidden = stream.embed(tokens)
-        for index, commit in commits.items():
-            assert commit.cut is not None
-            block = skeleton.load_block(index, checkpoint)
-            gone = ~kept_from_text(commit.cut.kept, commit.cut.num_neurons)
-            block.get_parameter("mlp.down_proj.weight").data[:, gone] = 0
-            old = dict(block.named_parameters()).get("mlp.down_proj.bias")
-            added = written[BIAS.format(index)].float() - (0 if old is None else old)
-            block.get_submodule("mlp").register_forward_hook(lambda module, args, output, b=added: output + b)
-            hidden = stream.run_block(index, hidden)
-        with stream.outside_weights():
-            return stream.logits(hidden)
+
+    def alter(index: int, block: nn.Module, names: Mapping[str, str]) -> None:
+        cut = commits[index].cut
+        assert cut is not None
+        block.get_parameter("mlp.down_proj.weight").data[:, ~kept_from_text(cut.kept, cut.num_neurons)] = 0
+        old = dict(block.named_parameters()).get("mlp.down_proj.bias")
+        added = written[BIAS.format(index)].float() - (0 if old is None else old)
+        block.get_submodule("mlp").register_forward_hook(lambda module, args, output: output + added)
+
+    return streamed_logits(source, tokens, alter)
 
 
 @pytest.mark.parametrize("family", LLAMAS)

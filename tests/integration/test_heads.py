@@ -1,28 +1,26 @@
 """Runs that take heads out of every attention: the model is really smaller, does what it should, and loads anywhere."""
 
 import json
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.anatomy import kept_from_text, mlp_of
 from pipeline.attention import attention_of
-from pipeline.checkpoint import Checkpoint
 from pipeline.errors import ConfigError, VerificationError
 from pipeline.ledger import Ledger
 from pipeline.records import CutRecord, HeadsRecord
-from pipeline.skeleton import Skeleton
-from pipeline.stream import Stream
 from pipeline.uneven import load
 from pipeline.verify import verify
 from tests.heads import FITTING, families_with_heads
 from tests.integration.headless import GROUPS, QUERIES, THEN_WANDA
 from tests.integration.narrow import settings
+from tests.integration.streamed import streamed_logits
 from tests.integration.support import (
     SILENT,
     RecipeEntries,
@@ -60,28 +58,23 @@ def cuts_of(run_directory: Path) -> Iterator[tuple[int, CutRecord, HeadsRecord]]
         yield index, commit.cut, commit.cut.heads
 
 
-@torch.no_grad()
 def zeroed_logits(source: Path, run_directory: Path, tokens: torch.Tensor) -> torch.Tensor:
     """Of the dense model, with what reads its heads and neurons as the run has left it, zero where they are gone."""
-    written = tensors_in(run_directory / "model")
-    with closing(Checkpoint.open(source)) as checkpoint:
-        skeleton = Skeleton(checkpoint, torch.device("cpu"), torch.float32)
-        stream, config = Stream(skeleton, checkpoint), skeleton.model.config
-        attention, mlp = attention_of(config), mlp_of(config)
-        with stream.outside_weights():
-            hidden = stream.embed(tokens)
-        for index, cut, heads in cuts_of(run_directory):
-            kept = attention.layout.kept(kept_from_text(heads.kept, heads.num_units), heads.unit)
-            block, names = skeleton.load_block(index, checkpoint), skeleton.block_names(index)
-            for reader, keep_D in (
-                (attention.reader, kept.query_features), (mlp.reader, kept_from_text(cut.kept, cut.num_neurons))
-            ):  # fmt: skip
-                weight_OD = block.get_parameter(f"{reader}.weight").data
-                weight_OD.zero_()
-                weight_OD[:, keep_D] = written[names[f"{reader}.weight"]].float()
-            hidden = stream.run_block(index, hidden)
-        with stream.outside_weights():
-            return stream.logits(hidden)
+    written, config = tensors_in(run_directory / "model"), AutoConfig.from_pretrained(source)
+    attention, mlp = attention_of(config), mlp_of(config)
+    cuts = {index: (cut, heads) for index, cut, heads in cuts_of(run_directory)}
+
+    def alter(index: int, block: nn.Module, names: Mapping[str, str]) -> None:
+        cut, heads = cuts[index]
+        kept = attention.layout.kept(kept_from_text(heads.kept, heads.num_units), heads.unit)
+        for reader, keep_D in (
+            (attention.reader, kept.query_features), (mlp.reader, kept_from_text(cut.kept, cut.num_neurons))
+        ):  # fmt: skip
+            weight_OD = block.get_parameter(f"{reader}.weight").data
+            weight_OD.zero_()
+            weight_OD[:, keep_D] = written[names[f"{reader}.weight"]].float()
+
+    return streamed_logits(source, tokens, alter)
 
 
 CASES = [

@@ -1,7 +1,6 @@
 """Runs that give each block a width of its own: right, saved without a zero more, loaded by us and by nobody else."""
 
 import json
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -9,14 +8,12 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.anatomy import MLPS
-from pipeline.checkpoint import Checkpoint
 from pipeline.ledger import Ledger
 from pipeline.report import HOW_TO_LOAD
-from pipeline.skeleton import Skeleton
-from pipeline.stream import Stream
 from pipeline.uneven import load
 from pipeline.verify import verify
 from tests.integration.narrow import UNEVEN, settings, widths_in, zeroed_logits
+from tests.integration.streamed import streamed_logits
 from tests.integration.support import (
     SILENT,
     RecipeEntries,
@@ -46,21 +43,6 @@ def uneven(source: Path) -> Path:
     """The run directory of a run that nothing has been done to since."""
     carry_out(settings(source, source.parent / "uneven", UNEVEN))
     return source.parent / "uneven"
-
-
-@torch.no_grad()
-def streamed_logits(model: Path, tokens: torch.Tensor) -> torch.Tensor:
-    with closing(Checkpoint.open(model)) as checkpoint:
-        skeleton = Skeleton(checkpoint, torch.device("cpu"), torch.float32)
-        stream = Stream(skeleton, checkpoint)
-        with stream.outside_weights():
-            hidden = stream.embed(tokens)
-        for index in range(skeleton.num_blocks):
-            skeleton.load_block(index, checkpoint)
-            hidden = stream.run_block(index, hidden)
-            skeleton.release_block(index)
-        with stream.outside_weights():
-            return stream.logits(hidden)
 
 
 @torch.no_grad()
