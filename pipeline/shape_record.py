@@ -11,7 +11,7 @@ them, and is held against what an earlier session has written.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -48,16 +48,8 @@ class ShapeRecord:
         if self.path.is_file():
             self._take(self.path.read_bytes())
 
-    def known(self, gone: frozenset[int]) -> Figures | None:
-        """Return the figures of the model without some blocks, where they have been measured."""
-        return self.measured.get(_name(gone))
-
-    def measure(self, gone: frozenset[int], figures_of: Callable[[], Figures]) -> Figures:
-        """Return the figures of the model without some blocks: measured now, and kept, where they are not known."""
-        return self.keep(_name(gone), figures_of)
-
-    def keep(self, name: str, figures_of: Callable[[], Figures]) -> Figures:
-        """Return figures that go by any name, as `measure` does."""
+    def measure(self, name: str, figures_of: Callable[[], Figures]) -> Figures:
+        """Return the figures that go by a name: measured now, and durable at once, where they are not known."""
         if name not in self.measured:
             self.measured[name] = figures_of()
             self._write()
@@ -106,8 +98,9 @@ class ShapeRecord:
             )
 
 
-def _name(gone: frozenset[int]) -> str:
-    return " ".join(map(str, sorted(gone)))
+def listed(blocks: Iterable[int]) -> str:
+    """Return the name, or its end, of what is measured without some blocks or their attentions."""
+    return " ".join(map(str, sorted(blocks)))
 
 
 def _told(chosen: Mapping[str, JsonValue]) -> str:

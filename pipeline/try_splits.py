@@ -79,7 +79,7 @@ def try_splits(
             _keep(tokens_NT[num_fitted:], directory / HELD_OUT)
             return _carried_out(trials.run_of(num_dropped, directory), config, progress, stop_asked, prune)
 
-        figures[num_dropped] = record.keep(f"{num_dropped} blocks go", tried)
+        figures[num_dropped] = record.measure(f"{num_dropped} blocks go", tried)
         shutil.rmtree(directory / str(num_dropped), ignore_errors=True)
         empty_cache(trials.dense.device)
     remove_leftovers(spool)

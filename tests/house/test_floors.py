@@ -21,7 +21,7 @@ FLOORS = {
     3: "pipeline: activations head_count linears narrower order silencing skeleton splits width zeros",
     4: "pipeline: assemble begun block_writer cutting importance inputs memory outliers planning prune_block sampler "
     "remains self_calibration stage stream survey transaction uneven weights workbench",
-    5: "pipeline: allocate choose_attentions choose_shape demo_model doctor evaluate job looking report run "
+    5: "pipeline: allocate choose_blocks choose_shape demo_model doctor evaluate greedy_search job looking report run "
     "try_splits verify without_each",
     6: "cluster: cli_shared console credentials job_shape jobs messages package topology",
     7: "cluster: cost_model depot expectation failures follow forecast replicas schedule shelves state submit trace "

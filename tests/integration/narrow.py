@@ -1,18 +1,20 @@
-"""What tests of runs that take neurons out of blocks share: recipes and settings."""
+"""What tests of runs that take neurons out of blocks share: recipes, settings, sources."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipeline.anatomy import kept_from_text
+from pipeline.anatomy import MLPS, kept_from_text
 from pipeline.ledger import Ledger
 from tests.integration.streamed import streamed_logits
-from tests.integration.support import RecipeEntries, job, tensors_in
+from tests.integration.support import RecipeEntries, carry_out, job, tensors_in, write_text
+from tests.tiny import FAMILIES, save_tiny
 
 NARROW: RecipeEntries = [{"comp": {"depth_fraction": 0.0}}]
 THEN_WANDA: RecipeEntries = [{"comp": {"ratio": 0.3, "depth_fraction": 0.0, "multiple": 8}}, "wanda"]
@@ -24,6 +26,25 @@ THEN_BESA: RecipeEntries = [
 UNEVEN: RecipeEntries = [{"comp": {"depth_fraction": 0.0, "widths": "per_block"}}]
 UNEVEN_THEN_WANDA: RecipeEntries = [{"comp": {"ratio": 0.3, "depth_fraction": 0.0, "widths": "per_block"}}, "wanda"]
 BOTH_WAYS: RecipeEntries = [{"comp": {"depth_fraction": 0.9}}]
+
+KNOWN = [family for family, config in FAMILIES.items() if config.model_type in MLPS]
+"""Families whose neurons can be removed."""
+
+
+@pytest.fixture(scope="module", name="source")
+def three_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama of three blocks."""
+    base = tmp_path_factory.mktemp("narrow")
+    write_text(base)
+    save_tiny("llama", base / "source", torch.bfloat16)
+    return base / "source"
+
+
+@pytest.fixture(scope="module", name="uneven")
+def untouched_uneven(source: Path) -> Path:
+    """The run directory of a run with a width for each block, which nothing has been done to since."""
+    carry_out(settings(source, source.parent / "uneven", UNEVEN))
+    return source.parent / "uneven"
 
 
 def settings(source: Path, output: Path, recipe: RecipeEntries, sparsity: float | str = 0.3, **sections: Any) -> Any:

@@ -112,6 +112,14 @@ def load(directory: Path) -> PreTrainedModel:
     return model.eval()
 
 
+def loaded_whole(directory: Path) -> PreTrainedModel:
+    """The model in float32, whose files lack no tensor of it, have no other, and none of another shape."""
+    model, found = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    assert not any(found[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    whole: PreTrainedModel = model.eval()
+    return whole
+
+
 def perplexity_of(model: PreTrainedModel, windows_WL: torch.Tensor) -> float:
     """exp(sum of cross-entropies / (windows x (length - 1))) by the model's own forward."""
     num_windows, length = windows_WL.shape

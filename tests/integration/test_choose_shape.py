@@ -1,7 +1,6 @@
 """How the blocks that go are chosen: measured once, kept at once, held against what was asked, refused in words."""
 
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 
 from pipeline.errors import BudgetExceeded, ConfigChanged, ConfigError, RunDirectoryError, RunStopped
 from pipeline.ledger import Ledger
-from tests.integration.processes import Child, prune_until_write
+from tests.integration.endings import check_killed, check_memory
 from tests.integration.smaller import SHORTGPT, SLEB, THEN_WANDA, settings
 from tests.integration.smaller import six_blocks as six_blocks
 from tests.integration.support import (
@@ -55,27 +54,12 @@ def test_greedy_removal_goes_by_the_perplexity_of_the_smaller_model(source: Path
 def test_a_run_killed_again_and_again_ends_with_the_same_bytes(
     recipe: RecipeEntries, source: Path, tmp_path: Path
 ) -> None:
-    one, many = (settings(source, tmp_path / name, recipe, 0.4) for name in ("one", "many"))
-    carry_out(one)
-    for deadly in (4, 11, 23, 40):
-        with Child(prune_until_write, many, deadly) as child:
-            child.wait_for_report()
-            assert child.exit_status() == -signal.SIGKILL
-    carry_out(many)
-    assert outcome(tmp_path / "many") == outcome(tmp_path / "one")
-    shapes = [json.loads((tmp_path / name / "shape.json").read_text()) for name in ("one", "many")]
-    assert shapes[0] == shapes[1]
+    check_killed(settings(source, tmp_path / "run", recipe, 0.4), deadly=(4, 11, 23, 40))
 
 
 @pytest.mark.parametrize("recipe", [SLEB, THEN_WANDA], ids=str)
-def test_ceilings_and_the_spool_change_nothing(recipe: RecipeEntries, source: Path, tmp_path: Path) -> None:
-    ceilings = {"host": "8GiB", "activations": "disk"}
-    plain = settings(source, tmp_path / "plain", recipe)
-    paged = settings(source, tmp_path / "paged", recipe, memory=ceilings)
-    for own in (plain, paged):
-        carry_out(own)
-    assert outcome(tmp_path / "paged") == outcome(tmp_path / "plain")
-    assert not (tmp_path / "paged" / "spool").exists()
+def test_how_memory_is_used_changes_no_byte(recipe: RecipeEntries, source: Path, tmp_path: Path) -> None:
+    check_memory(settings(source, tmp_path / "run", recipe))
 
 
 def test_a_choice_that_does_not_fit_is_refused(source: Path, tmp_path: Path) -> None:

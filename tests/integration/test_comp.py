@@ -7,18 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GemmaConfig, GraniteConfig, LlamaConfig, Olmo2Config
+from transformers import GemmaConfig, GraniteConfig, LlamaConfig, Olmo2Config
 
-from pipeline.anatomy import MLPS, kept_from_text
+from pipeline.anatomy import kept_from_text
 from pipeline.errors import ConfigError, VerificationError
 from pipeline.ledger import Ledger
 from pipeline.verify import verify
-from tests.integration.narrow import BOTH_WAYS, NARROW, THEN_WANDA, exchange, settings, zeroed_logits
+from tests.integration.narrow import BOTH_WAYS, KNOWN, NARROW, THEN_WANDA, exchange, settings, zeroed_logits
+from tests.integration.narrow import three_blocks as three_blocks
 from tests.integration.support import (
     SILENT,
     carry_out,
     evaluation_windows,
     job,
+    loaded_whole,
     perplexity_of,
     run_command,
     same_bits,
@@ -33,7 +35,6 @@ OTHERS = {
     "olmo2": Olmo2Config(**GROUPED),
     "llama-biased": LlamaConfig(**GROUPED, mlp_bias=True, attention_bias=True),
 }
-KNOWN = [*(family for family, config in FAMILIES.items() if config.model_type in MLPS), *OTHERS]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -45,22 +46,13 @@ def more_families() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory, more_families: None) -> Path:
-    base = tmp_path_factory.mktemp("comp")
-    write_text(base)
-    save_tiny("llama", base / "source", torch.bfloat16)
-    return base / "source"
-
-
-@pytest.mark.parametrize("family", KNOWN)
+@pytest.mark.parametrize("family", [*KNOWN, *OTHERS])
 def test_the_output_loads_anywhere_and_is_the_dense_model_without_these_neurons(family: str, tmp_path: Path) -> None:
     write_text(tmp_path)
     save_tiny(family, tmp_path / "source", torch.bfloat16)
     report = carry_out(job(tmp_path / "source", tmp_path / "run", NARROW, 0.3))
     tokens, model = some_tokens(2, 20), tmp_path / "run" / "model"
-    loaded, info = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    loaded = loaded_whole(model)
     with torch.no_grad():
         torch.testing.assert_close(
             loaded(tokens).logits, zeroed_logits(tmp_path / "source", tmp_path / "run", tokens), rtol=1e-4, atol=1e-4

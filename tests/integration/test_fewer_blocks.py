@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from pipeline.errors import VerificationError
 from pipeline.verify import verify
@@ -21,6 +20,7 @@ from tests.integration.support import (
     evaluation_windows,
     job,
     load,
+    loaded_whole,
     perplexity_of,
     run_command,
     same_bits,
@@ -48,8 +48,7 @@ def test_the_output_is_the_dense_model_over_its_kept_blocks(family: str, tmp_pat
     report = carry_out(job(tmp_path / "source", tmp_path / "run", SHORTGPT, 0.4))
     kept, tokens, model = kept_of(tmp_path / "run"), some_tokens(2, 20), tmp_path / "run" / "model"
     assert kept == [0, 2]
-    loaded, info = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    loaded = loaded_whole(model)
     with torch.no_grad():
         torch.testing.assert_close(loaded(tokens).logits, streamed_logits(tmp_path / "source", tokens, blocks=kept))
         with_cache = loaded.generate(tokens[:, :6], max_new_tokens=12, do_sample=False)

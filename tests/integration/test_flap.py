@@ -1,7 +1,6 @@
 """Runs that leave biases where neurons were: what they are, where they load, and that nothing changes their bytes."""
 
 import json
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -9,23 +8,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig
+from transformers import GraniteConfig, LlamaConfig
 
 from pipeline.anatomy import kept_from_text
-from pipeline.errors import ConfigError, RunStopped, VerificationError
+from pipeline.errors import ConfigError, VerificationError
 from pipeline.ledger import Ledger
 from pipeline.verify import verify
-from tests.integration.narrow import settings
-from tests.integration.processes import Child, prune_until_write
+from tests.integration.endings import check_killed, check_memory, check_stopped
+from tests.integration.narrow import exchange, settings
 from tests.integration.streamed import streamed_logits
 from tests.integration.support import (
     SILENT,
     RecipeEntries,
     carry_out,
-    committed,
     evaluation_windows,
     job,
-    outcome,
+    loaded_whole,
     perplexity_of,
     run_command,
     same_bits,
@@ -95,8 +93,7 @@ def zeroed_logits(source: Path, run_directory: Path, tokens: torch.Tensor) -> to
 def test_the_output_loads_anywhere_and_is_the_dense_model_with_these_biases(family: str, tmp_path: Path) -> None:
     report = carry_out(job(source_of(family, tmp_path), tmp_path / "run", FLAP, 0.3))
     tokens, model = some_tokens(2, 20), tmp_path / "run" / "model"
-    loaded, info = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    loaded = loaded_whole(model)
     with torch.no_grad():
         torch.testing.assert_close(
             loaded(tokens).logits, zeroed_logits(tmp_path / "source", tmp_path / "run", tokens), rtol=1e-4, atol=1e-4
@@ -139,36 +136,15 @@ def test_only_biases_of_blocks_where_they_help_are_not_zero(source: Path, tmp_pa
 def test_a_run_stopped_at_every_block_ends_with_the_same_bytes(
     recipe: RecipeEntries, compute: str, source: Path, tmp_path: Path
 ) -> None:
-    one, many = (settings(source, tmp_path / name, recipe, compute={"dtype": compute}) for name in ("one", "many"))
-    carry_out(one)
-    for num_blocks in (1, 2):
-        with pytest.raises(RunStopped):
-            carry_out(many, stop=committed(tmp_path / "many", num_blocks))
-    carry_out(many)
-    assert outcome(tmp_path / "many") == outcome(tmp_path / "one")
-    verify(tmp_path / "many", source, SILENT)
+    check_stopped(settings(source, tmp_path / "run", recipe, compute={"dtype": compute}))
 
 
 def test_a_run_killed_again_and_again_ends_with_the_same_bytes(source: Path, tmp_path: Path) -> None:
-    one, many = (settings(source, tmp_path / name, FLAP) for name in ("one", "many"))
-    carry_out(one)
-    for deadly in (5, 17, 29):
-        with Child(prune_until_write, many, deadly) as child:
-            child.wait_for_report()
-            assert child.exit_status() == -signal.SIGKILL
-    carry_out(many)
-    assert outcome(tmp_path / "many") == outcome(tmp_path / "one")
+    check_killed(settings(source, tmp_path / "run", FLAP))
 
 
 def test_how_memory_is_used_changes_no_byte(source: Path, tmp_path: Path) -> None:
-    settings_of = {
-        "plain": {},
-        "disk": {"activations": "disk", "spool": str(tmp_path / "spool")},
-        "little": {"activations": "host", "host": "2GiB"},
-    }
-    for name, memory in settings_of.items():
-        carry_out(settings(source, tmp_path / name, FLAP, memory=memory))
-    assert outcome(tmp_path / "disk") == outcome(tmp_path / "plain") == outcome(tmp_path / "little")
+    check_memory(settings(source, tmp_path / "run", FLAP))
 
 
 @pytest.mark.parametrize(
@@ -184,10 +160,7 @@ def test_a_model_of_other_biases_does_not_verify(
 ) -> None:
     carry_out(settings(source, tmp_path, FLAP))
     index = next(i for i, commit in Ledger.read(tmp_path).commits.items() if commit.tuned)
-    shard = tmp_path / "model" / Ledger.read(tmp_path).commits[index].file
-    tensors = load_file(shard)
-    tensors[name.format(index)] = change(tensors[name.format(index)])
-    save_file(tensors, shard, metadata={"format": "pt"})
+    exchange(tmp_path / "model", name.format(index), change)
     with pytest.raises(VerificationError, match=message):
         verify(tmp_path, source, SILENT)
 

@@ -19,7 +19,7 @@ from pipeline.uneven import load
 from pipeline.verify import verify
 from tests.heads import FITTING, families_with_heads
 from tests.integration.headless import GROUPS, QUERIES, THEN_WANDA
-from tests.integration.narrow import settings
+from tests.integration.narrow import exchange, settings
 from tests.integration.streamed import streamed_logits
 from tests.integration.support import (
     SILENT,
@@ -27,13 +27,13 @@ from tests.integration.support import (
     carry_out,
     evaluation_windows,
     job,
+    loaded_whole,
     perplexity_of,
     run_command,
     same_bits,
     tensors_in,
     write_text,
 )
-from tests.integration.test_comp import exchange
 from tests.tiny import save_tiny, some_tokens
 
 
@@ -91,8 +91,7 @@ def test_the_output_loads_anywhere_and_is_the_dense_model_without_these_heads(
     save_tiny(family, tmp_path / "source", torch.bfloat16)
     report = carry_out(job(tmp_path / "source", tmp_path / "run", recipe, 0.35))
     tokens, model = some_tokens(2, 20), tmp_path / "run" / "model"
-    loaded, info = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    loaded = loaded_whole(model)
     with torch.no_grad():
         torch.testing.assert_close(
             loaded(tokens).logits, zeroed_logits(tmp_path / "source", tmp_path / "run", tokens), rtol=1e-4, atol=1e-4

@@ -1,13 +1,11 @@
 """Runs that silence attentions: which ones, what the model then computes, and what is said of its size."""
 
 import json
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from pipeline.anatomy import kept_from_text
@@ -16,19 +14,18 @@ from pipeline.config import parse_config
 from pipeline.errors import RunStopped, VerificationError
 from pipeline.ledger import Ledger
 from pipeline.verify import verify
-from tests.integration.narrow import settings
-from tests.integration.processes import Child, prune_until_write
+from tests.integration.endings import check_killed, check_memory, check_stopped
+from tests.integration.narrow import exchange, settings
 from tests.integration.smaller import NUM_BLOCKS
 from tests.integration.smaller import six_blocks as six_blocks
 from tests.integration.support import (
     SILENT,
     RecipeEntries,
     carry_out,
-    committed,
     evaluation_windows,
     job,
     load,
-    outcome,
+    loaded_whole,
     perplexity_of,
     run_command,
     same_bits,
@@ -78,8 +75,7 @@ def test_the_output_loads_anywhere_and_is_the_dense_model_without_these_attentio
     save_tiny(family, tmp_path / "source", torch.bfloat16)
     report = carry_out(job(tmp_path / "source", tmp_path / "run", TWO_SSP, 0.4))
     tokens, model = some_tokens(2, 20), tmp_path / "run" / "model"
-    loaded, info = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    loaded = loaded_whole(model)
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype=torch.float32)
     silence(dense, chosen(tmp_path / "run"))
     for index, commit in Ledger.read(tmp_path / "run").commits.items():
@@ -162,29 +158,11 @@ def test_a_model_that_only_has_silent_attentions_is_not_called_smaller(source: P
 def test_a_run_stopped_at_every_block_ends_with_the_same_bytes(
     recipe: RecipeEntries, compute: str, source: Path, tmp_path: Path
 ) -> None:
-    one, many = (settings(source, tmp_path / name, recipe, 0.4, compute={"dtype": compute}) for name in ("one", "many"))
-    carry_out(one)
-    ledger = tmp_path / "many" / "ledger.jsonl"  # there once attentions are chosen
-    for num_blocks in (1, 2, 5):
-        enough = committed(tmp_path / "many", num_blocks)
-        with pytest.raises(RunStopped):
-            carry_out(many, stop=lambda enough=enough: ledger.exists() and enough())  # type: ignore[misc]
-    carry_out(many)
-    assert outcome(tmp_path / "many") == outcome(tmp_path / "one")
-    verify(tmp_path / "many", source, SILENT)
+    check_stopped(settings(source, tmp_path / "run", recipe, 0.4, compute={"dtype": compute}), blocks=(1, 2, 5))
 
 
 def test_a_run_killed_again_and_again_ends_with_the_same_bytes(source: Path, tmp_path: Path) -> None:
-    one, many = (settings(source, tmp_path / name, TWO_SSP, 0.4) for name in ("one", "many"))
-    carry_out(one)
-    for deadly in (4, 11, 23, 40):
-        with Child(prune_until_write, many, deadly) as child:
-            child.wait_for_report()
-            assert child.exit_status() == -signal.SIGKILL
-    carry_out(many)
-    assert outcome(tmp_path / "many") == outcome(tmp_path / "one")
-    shapes = [json.loads((tmp_path / name / "shape.json").read_text()) for name in ("one", "many")]
-    assert shapes[0] == shapes[1]
+    check_killed(settings(source, tmp_path / "run", TWO_SSP, 0.4), deadly=(4, 11, 23, 40))
 
 
 def test_a_search_that_was_stopped_goes_on_where_it_was(source: Path, tmp_path: Path) -> None:
@@ -204,9 +182,7 @@ def test_a_search_that_was_stopped_goes_on_where_it_was(source: Path, tmp_path: 
 
 
 def test_how_memory_is_used_changes_no_byte(source: Path, tmp_path: Path) -> None:
-    for name, memory in {"plain": {}, "paged": {"host": "8GiB", "activations": "disk"}}.items():
-        carry_out(settings(source, tmp_path / name, TWO_SSP, 0.4, memory=memory))
-    assert outcome(tmp_path / "paged") == outcome(tmp_path / "plain")
+    check_memory(settings(source, tmp_path / "run", TWO_SSP, 0.4))
 
 
 @pytest.mark.parametrize(
@@ -221,10 +197,7 @@ def test_a_model_whose_attention_is_not_silent_does_not_verify(
 ) -> None:
     carry_out(settings(source, tmp_path, TWO_SSP, 0.2))
     (block,) = chosen(tmp_path)
-    shard, name = tmp_path / "model" / Ledger.read(tmp_path).commits[block].file, f"layers.{block}.self_attn.o_proj"
-    tensors = load_file(shard)
-    tensors[f"model.{name}.weight"] = change(tensors[f"model.{name}.weight"])
-    save_file(tensors, shard, metadata={"format": "pt"})
+    exchange(tmp_path / "model", f"model.layers.{block}.self_attn.o_proj.weight", change)
     with pytest.raises(VerificationError, match=message):
         verify(tmp_path, source, SILENT)
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from pipeline.anatomy import MLPS
 from pipeline.ledger import Ledger
 from pipeline.report import HOW_TO_LOAD
 from pipeline.uneven import load
 from pipeline.verify import verify
-from tests.integration.narrow import UNEVEN, settings, widths_in, zeroed_logits
+from tests.integration.narrow import KNOWN, UNEVEN, settings, widths_in, zeroed_logits
+from tests.integration.narrow import three_blocks as three_blocks
+from tests.integration.narrow import untouched_uneven as untouched_uneven
 from tests.integration.streamed import streamed_logits
 from tests.integration.support import (
     SILENT,
@@ -25,24 +26,7 @@ from tests.integration.support import (
     tensors_in,
     write_text,
 )
-from tests.tiny import FAMILIES, save_tiny, some_tokens
-
-KNOWN = [family for family, config in FAMILIES.items() if config.model_type in MLPS]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    base = tmp_path_factory.mktemp("uneven")
-    write_text(base)
-    save_tiny("llama", base / "source", torch.bfloat16)
-    return base / "source"
-
-
-@pytest.fixture(scope="module")
-def uneven(source: Path) -> Path:
-    """The run directory of a run that nothing has been done to since."""
-    carry_out(settings(source, source.parent / "uneven", UNEVEN))
-    return source.parent / "uneven"
+from tests.tiny import save_tiny, some_tokens
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.anatomy import MLPS
 from pipeline.errors import (
     CheckpointError,
     ConfigError,
@@ -20,26 +19,11 @@ from pipeline.errors import (
 from pipeline.ledger import Ledger
 from pipeline.uneven import load
 from pipeline.verify import verify
-from tests.integration.narrow import UNEVEN, UNEVEN_THEN_WANDA, exchange, settings
+from tests.integration.narrow import KNOWN, UNEVEN, UNEVEN_THEN_WANDA, exchange, settings
+from tests.integration.narrow import three_blocks as three_blocks
+from tests.integration.narrow import untouched_uneven as untouched_uneven
 from tests.integration.support import SILENT, RecipeEntries, carry_out, write_text
-from tests.tiny import FAMILIES, save_tiny
-
-KNOWN = [family for family, config in FAMILIES.items() if config.model_type in MLPS]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    base = tmp_path_factory.mktemp("uneven")
-    write_text(base)
-    save_tiny("llama", base / "source", torch.bfloat16)
-    return base / "source"
-
-
-@pytest.fixture(scope="module")
-def uneven(source: Path) -> Path:
-    """The run directory of a run that nothing has been done to since."""
-    carry_out(settings(source, source.parent / "uneven", UNEVEN))
-    return source.parent / "uneven"
+from tests.tiny import save_tiny
 
 
 @pytest.mark.parametrize("family", KNOWN)

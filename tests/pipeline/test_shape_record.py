@@ -7,10 +7,9 @@ import pytest
 
 from pipeline.errors import ConfigChanged, RunDirectoryError
 from pipeline.shape import Shape
-from pipeline.shape_record import ShapeRecord, num_kept
+from pipeline.shape_record import ShapeRecord, listed, num_kept
 
 SETTINGS = {"step": "shortgpt", "blocks": 1}
-NONE: frozenset[int] = frozenset()
 
 
 def never() -> list[float]:
@@ -20,12 +19,12 @@ def never() -> list[float]:
 def test_every_measurement_is_durable_as_soon_as_it_is_made(tmp_path: Path) -> None:
     record = ShapeRecord(tmp_path, SETTINGS)
     third = 1 / 3
-    assert record.measure(NONE, lambda: [third, 2.0]) == [third, 2.0]
-    assert record.measure(frozenset({11, 4}), lambda: [0.1]) == [0.1]
+    assert record.measure(listed([]), lambda: [third, 2.0]) == [third, 2.0]
+    assert record.measure(listed({11, 4}), lambda: [0.1]) == [0.1]
     assert list(json.loads((tmp_path / "shape.json").read_text())["measured"]) == ["", "4 11"]
     again = ShapeRecord(tmp_path, SETTINGS)
-    assert again.measure(NONE, never) == [third, 2.0]
-    assert again.measure(frozenset({4, 11}), never) == [0.1]
+    assert again.measure(listed([]), never) == [third, 2.0]
+    assert again.measure(listed({4, 11}), never) == [0.1]
     assert num_kept(tmp_path) is None
 
 
