@@ -17,7 +17,7 @@ from pipeline.block_widths import Width, each_width, width_at
 from pipeline.errors import ConfigError
 from pipeline.linears import Collector, Linear, find_linears
 from pipeline.methods.step import Report
-from pipeline.methods.structured.narrowing import Narrowing, Neurons
+from pipeline.methods.structured.narrowing import Narrowing, Units
 from pipeline.order import Order
 from pipeline.records import CutRecord, HeadsRecord
 from pipeline.skeleton import Skeleton
@@ -109,7 +109,7 @@ class Cutting:
     ) -> tuple[HeadCut, HeadsRecord]:
         """Take heads out of a dense block."""
         reader, layout, unit = attention.reader, attention.layout, self.step.head_unit
-        units = Neurons(
+        units = Units(
             reader=reader, unit_size=layout.unit_size(unit), num_pools=layout.num_pools(unit),
             num_kept=left.per_pool(unit) * left.num_pools(unit), gathered=collector.gathered(reader),
             num_fitted=self.num_fitted,
@@ -131,7 +131,7 @@ class Cutting:
     ) -> tuple[Cut, dict[str, float]]:
         """Take neurons out of a block that is dense but for its heads; with what is left come the figures of it."""
         reader, width = self.mlp.reader, width_at(self.width, index)
-        neurons = Neurons(reader=reader, num_kept=width, gathered=gathered, num_fitted=self.num_fitted)
+        neurons = Units(reader=reader, num_kept=width, gathered=gathered, num_fitted=self.num_fitted)
         made = self.step.cut(bench, neurons, report)
         bench.let_go()
         cut = Cut(mlp=self.mlp, keep_U=made.keep_U.cpu(), folded_OK=self._as_stored(index, reader, made.folded_OK))

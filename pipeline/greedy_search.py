@@ -20,7 +20,7 @@ from pipeline.without_each import evaluate_without_each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Units:
+class Removable:
     """What may go of a model; a unit goes by the number of its block in the dense model."""
 
     protected: Dropped
@@ -47,32 +47,34 @@ class Units:
         return dict(sorted((int(unit), figures[0]) for unit, figures in named if unit.isdigit()))
 
 
-def blocks_of(dense: Skeleton) -> Units:
+def blocks_of(dense: Skeleton) -> Removable:
     """Return the blocks of a model; where one is gone, those behind it move up."""
 
     def without(gone: Dropped) -> Skeleton:
         return narrowed(dense, Shape(kept=tuple(block for block in range(dense.num_blocks) if block not in gone)))
 
-    return Units(
+    return Removable(
         protected=ends(dense.num_blocks), without=without,
         place=lambda block, gone: block - sum(other < block for other in gone),
         named="", told="without", sought="the blocks that go were chosen",
     )  # fmt: skip
 
 
-def attentions_of(dense: Skeleton) -> Units:
+def attentions_of(dense: Skeleton) -> Removable:
     """Return the attentions of a model's blocks; none is protected."""
 
     def without(silent: Dropped) -> Skeleton:
         return narrowed(dense, Shape(kept=tuple(range(dense.num_blocks)), silent=tuple(sorted(silent))))
 
-    return Units(
+    return Removable(
         protected=frozenset(), without=without, place=lambda block, silent: block,
         named="attentions ", told="without the attention of", sought="the attentions to silence were chosen",
     )  # fmt: skip
 
 
-def greedy_order(units: Units, num_gone: int, choosing: Choosing, looking: Looking, record: ShapeRecord) -> list[int]:
+def greedy_order(
+    units: Removable, num_gone: int, choosing: Choosing, looking: Looking, record: ShapeRecord
+) -> list[int]:
     """Return that many units in the order they go; choosing: what that runs.
 
     Raises RunStopped between blocks, and BudgetExceeded where a model with all its blocks does not fit.
@@ -89,7 +91,7 @@ def greedy_order(units: Units, num_gone: int, choosing: Choosing, looking: Looki
 class _Search:
     """Measures a model without some of its units, as often as the order needs and the record does not know."""
 
-    def __init__(self, units: Units, choosing: Choosing, looking: Looking, record: ShapeRecord) -> None:
+    def __init__(self, units: Removable, choosing: Choosing, looking: Looking, record: ShapeRecord) -> None:
         self._units, self._choosing, self._looking, self._record = units, choosing, looking, record
         self._num_told = 0
 

@@ -68,8 +68,7 @@ def heads_left_by(skeleton: Skeleton, commit: Commit) -> HeadLayout | None:
 
 
 def neurons_as_data(commits: Mapping[int, Commit]) -> dict[str, JsonValue]:
-    """Return which neurons and heads every block has kept (hexadecimal, a bit each), and whether what is left was
-    mended.
+    """Return which neurons and heads every block has kept (hexadecimal, a bit each), and where what is left was mended.
 
     As plain data, for what a model says about itself; empty where none are gone.
     """

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.attention import HeadLayout, HeadUnit
-from pipeline.methods.structured.narrowing import Comp, CutBlock, Narrowing, Neurons
+from pipeline.methods.structured.narrowing import Comp, CutBlock, Narrowing, Units
 from pipeline.methods.structured.published import Flap
 from pipeline.statistics import Gathered
 from tests import removal
@@ -18,10 +18,10 @@ UNITS = pytest.mark.parametrize("unit", ["group", "query"])
 FITTED = slice(0, 14)
 
 
-def asked(unit: HeadUnit, statistics: Gathered, num_fitted: int = 14) -> Neurons:
+def asked(unit: HeadUnit, statistics: Gathered, num_fitted: int = 14) -> Units:
     """One group goes, or one query head of each."""
     num_pools = LAYOUT.num_pools(unit)
-    return Neurons(
+    return Units(
         reader="down", unit_size=LAYOUT.unit_size(unit), num_pools=num_pools,
         num_kept=(LAYOUT.per_pool(unit) - 1) * num_pools, gathered=statistics, num_fitted=num_fitted,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from pipeline.lazy_weights import Maker
 from pipeline.methods.step import NOTHING
 from pipeline.methods.structured.baselines import fluctuation, wanda_sp
 from pipeline.methods.structured.mask_problem import MaskProblem
-from pipeline.methods.structured.narrowing import Comp, CutBlock, Narrowing, NeuronMetric, Neurons, WandaSp
+from pipeline.methods.structured.narrowing import Comp, CutBlock, Narrowing, NeuronMetric, Units, WandaSp
 from pipeline.methods.structured.recovery import LARGEST_FACTOR
 from pipeline.methods.structured.selection import Rounds, select
 from pipeline.statistics import AnyStatistic, ColumnSquares, Gathered, Gram, Moments
@@ -72,9 +72,9 @@ def gathered(*parts_BTD: torch.Tensor) -> Gathered:
     return Gathered(statistics)
 
 
-def neurons(step: Narrowing, block: ReaderBlock) -> Neurons:
+def neurons(step: Narrowing, block: ReaderBlock) -> Units:
     num_fitted = step.num_fitted(block.num_sequences)
-    return Neurons(
+    return Units(
         reader="down", num_kept=NUM_KEPT, gathered=gathered(block.hidden_BTD[:num_fitted]), num_fitted=num_fitted
     )
 
@@ -162,7 +162,7 @@ def test_all_replicas_end_with_the_same_bits(recovery: str, shares: list[slice])
 
     def work(peer: ThreadPeer) -> CutBlock:
         block = ReplicaBlock(peer, shares)
-        mine = Neurons(reader="down", num_kept=NUM_KEPT, gathered=gathered(*fitted), num_fitted=len(fitted[peer.rank]))
+        mine = Units(reader="down", num_kept=NUM_KEPT, gathered=gathered(*fitted), num_fitted=len(fitted[peer.rank]))
         return step.cut(block, mine, lambda figures: None)
 
     first, *others = together(len(shares), work)

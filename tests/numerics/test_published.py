@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from pipeline.lazy_weights import Maker
 from pipeline.methods.step import NOTHING
-from pipeline.methods.structured.narrowing import Comp, CutBlock, Narrowing, Neurons
+from pipeline.methods.structured.narrowing import Comp, CutBlock, Narrowing, Units
 from pipeline.methods.structured.published import Flap, TwoSsp
 from pipeline.sequence_norms import SequenceNorms
 from pipeline.statistics import ColumnSquares, Gathered, Gram, Moments
@@ -48,7 +48,7 @@ class BiasedReplica(SharedBlock, BiasedBlock):
 def cut(step: Narrowing, block: ReaderBlock) -> CutBlock:
     num_fitted = step.num_fitted(block.num_sequences)
     statistics = gathered(block.hidden_BTD[:num_fitted]).holding(step.neuron_statistics)
-    neurons = Neurons(reader="down", num_kept=NUM_KEPT, gathered=statistics, num_fitted=num_fitted)
+    neurons = Units(reader="down", num_kept=NUM_KEPT, gathered=statistics, num_fitted=num_fitted)
     return step.cut(block, neurons, lambda figures: None)
 
 
@@ -115,7 +115,7 @@ def test_all_replicas_end_with_the_same_bias(shares: list[slice]) -> None:
 
     def work(peer: ThreadPeer) -> CutBlock:
         block = BiasedReplica(peer, shares)
-        mine = Neurons(reader="down", num_kept=NUM_KEPT, gathered=gathered(*fitted), num_fitted=len(fitted[peer.rank]))
+        mine = Units(reader="down", num_kept=NUM_KEPT, gathered=gathered(*fitted), num_fitted=len(fitted[peer.rank]))
         return step.cut(block, mine, lambda figures: None)
 
     first, *others = together(len(shares), work)
@@ -148,7 +148,7 @@ def test_neurons_of_the_least_mean_norm_go(recovery: str) -> None:
     assert set(step.neuron_statistics) == {SequenceNorms, *([Moments] if recovery == "bias" else [])}
     statistics = Gathered([norms, gathered(block.hidden_BTD[:14]).of(Moments)])
     made = step.cut(
-        block, Neurons(reader="down", num_kept=NUM_KEPT, gathered=statistics, num_fitted=14), lambda figures: None
+        block, Units(reader="down", num_kept=NUM_KEPT, gathered=statistics, num_fitted=14), lambda figures: None
     )
     by_hand = [sum(x_TU[:, unit].double().norm().item() for x_TU in block.hidden_BTD[:14]) for unit in range(24)]
     least = sorted(range(24), key=lambda unit: by_hand[unit])[: NUM_NEURONS - NUM_KEPT]

@@ -32,7 +32,7 @@ from pipeline.methods.besa import Besa
 from pipeline.methods.reconstruct import Reconstruct
 from pipeline.methods.quantisation import Quantize
 from pipeline.methods.step import BlockStep, LinearView, MiniBatch, PrunedLinear
-from pipeline.methods.structured.narrowing import Narrowing, Neurons
+from pipeline.methods.structured.narrowing import Narrowing, Units
 from pipeline.methods.structured.shape_step import ShortGpt, Sleb
 from pipeline.sequence_norms import SequenceNorms
 from pipeline.sparsity import SemiStructured, Unstructured
@@ -90,7 +90,7 @@ def prune(step, chain):
     if isinstance(step, Narrowing):
         gathered = Gathered(chain.statistic("2", kind) for kind in step.neuron_statistics)
         width = len(chain.weights["2"])
-        return step.cut(chain, Neurons(reader="2", num_kept=width * 3 // 4, gathered=gathered, num_fitted=1), print)
+        return step.cut(chain, Units(reader="2", num_kept=width * 3 // 4, gathered=gathered, num_fitted=1), print)
     solve = step.solver(Gathered(chain.statistic("0", kind) for kind in step.statistics))
     return [solve(view(step, chain, name)) for name in chain.weights]
 

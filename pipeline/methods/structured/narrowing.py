@@ -41,7 +41,7 @@ _MENDED_BY: dict[Recovery, tuple[type[Statistic], ...]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Neurons:
+class Units:
     """The neurons of a block, or the heads of its attention, and what is asked of them."""
 
     reader: str
@@ -175,27 +175,27 @@ class Narrowing(SizedStep):
         return 8 * (num_columns**2 + matrices * num_rows * num_columns + 3 * SLAB_NUMEL)
 
     @torch.no_grad()
-    def cut(self, block: BlockView, neurons: Neurons, report: Report) -> CutBlock:
-        """Choose the neurons that stay; mend the block where that helps on the sequences held out.
+    def cut(self, block: BlockView, units: Units, report: Report) -> CutBlock:
+        """Choose the units that stay; mend the block where that helps on the sequences held out.
 
         Raises ConfigError where a recovery is asked for and no sequence can be held out to judge it by, NumericsError
         where the Gram matrix cannot be factorised.
         """
-        weight_OD = block.weights[neurons.reader]
-        selection = self._choose(weight_OD, neurons)
+        weight_OD = block.weights[units.reader]
+        selection = self._choose(weight_OD, units)
         keep_U = selection.keep_U
         block.from_the_first(keep_U)
         if not self.needs_targets:
             return CutBlock(keep_U=keep_U, notes=selection.notes)
-        judge = Judge(block, neurons.reader, neurons.num_fitted, keep_U.repeat_interleave(neurons.unit_size))
-        best = best_of(self._recoveries(block, neurons, selection), judge.error)
+        judge = Judge(block, units.reader, units.num_fitted, keep_U.repeat_interleave(units.unit_size))
+        best = best_of(self._recoveries(block, units, selection), judge.error)
         notes = {"error_before": judge.errors[0], "error_after": min(judge.errors), **best.figures}
         report({"error": notes["error_after"]})
         return CutBlock(keep_U=keep_U, folded_OK=best.folded_OK, bias_O=best.bias_O, notes={**selection.notes, **notes})
 
-    def _choose(self, weight_OD: torch.Tensor, neurons: Neurons) -> Selection:
-        gathered, size, pools = neurons.gathered, neurons.unit_size, neurons.num_pools
-        num_pruned = (weight_OD.shape[1] // size - neurons.num_kept) // pools
+    def _choose(self, weight_OD: torch.Tensor, units: Units) -> Selection:
+        gathered, size, pools = units.gathered, units.unit_size, units.num_pools
+        num_pruned = (weight_OD.shape[1] // size - units.num_kept) // pools
         if self.neuron_metric in SCORED_BY:
             score_U = score_of(self.neuron_metric, weight_OD, gathered, size)
             keep_U = keep_without_lowest(score_U, num_pruned, pools)
@@ -207,18 +207,18 @@ class Narrowing(SizedStep):
         problem = MaskProblem(weight_OD=weight_OD, gram_DD=gathered.of(Gram).gram_DD, unit_size=size)
         return select(problem, num_pruned, rounds, pools)
 
-    def _recoveries(self, block: BlockView, neurons: Neurons, selection: Selection) -> Iterator[Mended]:
-        """Yield what may make up for the neurons, beginning with nothing; the same on every replica."""
+    def _recoveries(self, block: BlockView, units: Units, selection: Selection) -> Iterator[Mended]:
+        """Yield what may make up for those that are gone, beginning with nothing; the same on every replica."""
         yield Mended(folded_OK=None)
-        weight_OD, keep_U = block.weights[neurons.reader], selection.keep_U
-        keep_D = keep_U.repeat_interleave(neurons.unit_size)
+        weight_OD, keep_U = block.weights[units.reader], selection.keep_U
+        keep_D = keep_U.repeat_interleave(units.unit_size)
         if self.recovery == "bias":
-            missing_O = bias_of(weight_OD, keep_D, neurons.gathered.of(Moments).mean_D)
-            bias_O = block.others[neurons.reader_bias].double() + missing_O
+            missing_O = bias_of(weight_OD, keep_D, units.gathered.of(Moments).mean_D)
+            bias_O = block.others[units.reader_bias].double() + missing_O
             block.from_the_first(bias_O)
             yield Mended(folded_OK=None, bias_O=bias_O)
             return
-        gram_DD = neurons.gathered.of(Gram).gram_DD
+        gram_DD = units.gathered.of(Gram).gram_DD
         if self.recovery == "lstsq":
             for damping in DAMPINGS:
                 solved_OK, used = solved(weight_OD, gram_DD, keep_D, damping)
@@ -226,7 +226,7 @@ class Narrowing(SizedStep):
                 block.from_the_first(solved_OK)
                 yield Mended(folded_OK=solved_OK, damping=used)
             return
-        problem = MaskProblem(weight_OD=weight_OD, gram_DD=gram_DD, unit_size=neurons.unit_size)
+        problem = MaskProblem(weight_OD=weight_OD, gram_DD=gram_DD, unit_size=units.unit_size)
         tuned = ((damping, problem.tuned(keep_U, damping)) for damping in DAMPINGS)
         for damping, mask_U in chain([(self.damping, selection.mask_U)], tuned):
             block.from_the_first(mask_U)
