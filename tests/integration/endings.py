@@ -57,7 +57,7 @@ def check_memory(own: Job) -> None:
         carry_out(job)
     for name in ("disk", "paged", "little"):
         _check_same(jobs["plain"], jobs[name])
-    assert not spool.exists()
+    assert not any(spool.iterdir())
     assert not (Path(jobs["paged"]["output"]) / "spool").exists()
 
 
