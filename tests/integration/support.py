@@ -83,6 +83,17 @@ def committed(run_directory: Path, num_blocks: int) -> Callable[[], bool]:
     return lambda: ledger.exists() and len(Ledger.read(run_directory).commits) >= num_blocks
 
 
+def asked_otherwise(run_directory: Path, again: Path, change: Callable[[Any], None]) -> None:
+    """Make a run directory of the same model and commits, whose ledger says that something else was asked for."""
+    ledger = Ledger.read(run_directory)
+    change(ledger.header.config["prune"])
+    (run_directory / "ledger.jsonl").unlink()
+    copy = Ledger.open(again, ledger.header)
+    for commit in ledger.commits.values():
+        copy.commit(commit)
+    (again / "model").symlink_to(run_directory / "model")
+
+
 def tensors_in(directory: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a model directory, read by the format's own library."""
     files = sorted(directory.glob("*.safetensors"))

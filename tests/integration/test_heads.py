@@ -24,6 +24,7 @@ from tests.integration.streamed import streamed_logits
 from tests.integration.support import (
     SILENT,
     RecipeEntries,
+    asked_otherwise,
     carry_out,
     evaluation_windows,
     job,
@@ -239,14 +240,12 @@ def test_a_model_of_other_heads_does_not_verify(
         verify(tmp_path, source, SILENT)
 
 
-def test_a_run_of_other_heads_than_were_asked_does_not_verify(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_of_other_heads_than_were_asked_does_not_verify(source: Path, tmp_path: Path) -> None:
     carry_out(settings(source, tmp_path, GROUPS, 0.35))
-    monkeypatch.setattr("pipeline.verify.heads_left", lambda step, dense: None)
+    asked_otherwise(tmp_path, tmp_path / "again", lambda prune: prune["recipe"][0]["comp"].update(heads=0.0))
     message = r"block 0 keeps 6 query heads on 3 of keys and values, and all were to stay"
     with pytest.raises(VerificationError, match=message):
-        verify(tmp_path, source, SILENT)
+        verify(tmp_path / "again", source, SILENT)
 
 
 @pytest.mark.parametrize(

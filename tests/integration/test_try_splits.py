@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from pipeline.calibration import load_calibration
 from pipeline.config import parse_config
 from pipeline.errors import BudgetExceeded, ConfigError, RunDirectoryError, RunStopped, VerificationError
-from pipeline.ledger import Ledger
 from pipeline.progress import Silent
 from pipeline.verify import verify
 from tests.integration.processes import Child, prune_until_spooled, prune_until_write
@@ -21,6 +20,7 @@ from tests.integration.smaller import six_blocks as six_blocks
 from tests.integration.support import (
     SILENT,
     RecipeEntries,
+    asked_otherwise,
     carry_out,
     committed,
     load,
@@ -197,14 +197,11 @@ def test_steps_that_mask_come_after_the_trials_and_not_within_them(source: Path,
 
 def test_a_number_of_blocks_that_was_not_to_be_tried_does_not_verify(source: Path, tmp_path: Path) -> None:
     carry_out(settings(source, tmp_path, [{"comp": {"depth_fraction": 0.9}}], 0.4))
-    ledger = Ledger.read(tmp_path)
-    recipe: Any = ledger.header.config["prune"]
-    recipe["sparsity"], recipe["recipe"][0]["comp"]["depth_fraction"] = 0.2, "auto"
-    (tmp_path / "ledger.jsonl").unlink()
-    again = Ledger.open(tmp_path / "again", ledger.header)
-    for commit in ledger.commits.values():
-        again.commit(commit)
-    (tmp_path / "again" / "model").symlink_to(tmp_path / "model")
+
+    def change(prune: Any) -> None:
+        prune["sparsity"], prune["recipe"][0]["comp"]["depth_fraction"] = 0.2, "auto"
+
+    asked_otherwise(tmp_path, tmp_path / "again", change)
     with pytest.raises(VerificationError, match="2 of 6 blocks are gone, and 0 or 1 were to go"):
         verify(tmp_path / "again", source, SILENT)
 
