@@ -48,7 +48,6 @@ def run_on_cluster(config: RunConfig, progress: Progress, stop_asked: StopAsked)
         settings.replicas if settings.replicas != "auto" else 1
     )
     with RunLock(config.output), joined(settings, num_workers):
-        remove_leftovers(spool_directory(config.memory.spool, config.output))
         offer = look_round(settings, config.compute.device, config.output)
         if offer.device_type == "cpu" and config.compute.threads is None:
             # Rounding depends on it, so it becomes part of the run's identity.
@@ -58,6 +57,7 @@ def run_on_cluster(config: RunConfig, progress: Progress, stop_asked: StopAsked)
                 progress.say(f"perplexity is measured by this process, on {source.skeleton.device}, not by workers")
             topology, expected = _choose_topology(source, settings, offer, progress)
             spool = spool_directory(config.memory.spool, config.output)
+            remove_leftovers(spool)  # but not before: trials of a shape that were cut short go on from theirs
             sequences = config.calibration.sequences
             with fitted_memory(config, source.skeleton, sequences, spool, surveys=True) as memory:
                 job = open_job(source, memory, progress, stop_asked, scheme=scheme_of(topology))

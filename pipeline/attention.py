@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 
 from pipeline.errors import ConfigError
+from pipeline.human import human_part
 
 HeadUnit = Literal["group", "query"]
 """What goes as one."""
@@ -94,7 +95,7 @@ class HeadLayout:
         if wanted == 0:
             what = "groups of heads" if unit == "group" else "query heads of a group"
             other = "query" if unit == "group" else "group"
-            way_out = f"ask for {1 / per_pool:.4g} at least" if per_pool > 1 else "the last one stays"
+            way_out = f"ask for {human_part(1, per_pool)} at least" if per_pool > 1 else "the last one stays"
             raise ConfigError(
                 f"heads: {float(part):g} of {per_pool} {what} is less than one, and heads go whole; {way_out}, or "
                 f"choose `head_unit: {other}` ({self.num_heads} query heads share {self.num_groups} heads of keys and "

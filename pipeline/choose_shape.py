@@ -103,7 +103,10 @@ def choose_shape(
     if splits[-1]:
         narrowed(dense, Shape(kept=(0, dense.num_blocks - 1)))  # what cannot be narrowed is not surveyed first
     num_asked: JsonValue = splits[0] if trials is None else [*splits]
-    asked: dict[str, JsonValue] = {"step": step.method, "options": step.model_dump(mode="json"), "blocks": num_asked}
+    asked: dict[str, JsonValue] = {
+        "step": step.method, "options": step.model_dump(mode="json"), "part": float(ratio), "blocks": num_asked,
+        "within_block": config.prune.within_block,
+    }  # fmt: skip
     record = ShapeRecord(config.output, {**asked, **settings})
     if trials is not None:
         tried = try_splits(trials, tokens_NT, record, progress, stop_asked, prune)

@@ -13,6 +13,7 @@ from transformers import MistralConfig, PretrainedConfig
 
 from pipeline.attention import HeadLayout, HeadUnit, layout_of
 from pipeline.errors import ConfigError
+from pipeline.human import human_part
 
 _HERE_ON = "5.0.0"
 """From this version on transformers leaves the tokenizer of a mistral as it is; for older ones it warns of a mistake in
@@ -47,7 +48,7 @@ def require_loadable(
         dense = layout_of(config)
         per_pool = dense.per_pool(unit)
         fitting = [n for n in range(1, per_pool) if _loads(config, settings, dense.without(n, unit))]
-        parts = ", ".join(f"{n / per_pool:.4g} ({dense.without(n, unit).num_heads} left)" for n in fitting)
+        parts = ", ".join(f"{human_part(n, per_pool)} ({dense.without(n, unit).num_heads} left)" for n in fitting)
         ways = f"with `head_unit: {unit}`, heads may be {parts}" if fitting else f"no `head_unit: {unit}` can go"
         raise ConfigError(f"{error.message}; {ways}. Or leave `heads` out and remove neurons alone") from None
 

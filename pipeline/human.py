@@ -1,5 +1,8 @@
 """Sizes and durations as people read them."""
 
+from fractions import Fraction
+from math import ceil
+
 
 def human_bytes(count: float) -> str:
     """Return a size for people: 1.71 GB, 9.4 MB."""
@@ -17,3 +20,8 @@ def human_seconds(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def human_part(number: int, of: int) -> str:
+    """Return `0.3334` for 1 of 3: rounded up, so that so much of `of` things is that number of them, rounded down."""
+    return f"{ceil(Fraction(10_000 * number, of)) / 10_000:g}"

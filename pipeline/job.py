@@ -32,6 +32,7 @@ from pipeline.own_text import WrittenByModel
 from pipeline.planning.comparison import Measured, compare
 from pipeline.planning.plan import Plan
 from pipeline.progress import Progress, StopAsked
+from pipeline.prunable import require_prunable
 from pipeline.records import Header
 from pipeline.remains import neurons_as_data
 from pipeline.report import REPORT, Report, Smaller, build_report
@@ -112,7 +113,8 @@ def open_source(
 
     Where the model is to write its calibration text, or blocks are to be dropped, that is settled here, once, in the
     run directory, whose lock the caller holds. prune: carries out a run, where several are tried first. Raises
-    RunStopped where a stop is asked for meanwhile, and BudgetExceeded where it does not fit.
+    ConfigError before that where what is asked for cannot be had of this model, RunStopped where a stop is asked for
+    meanwhile, and BudgetExceeded where it does not fit.
     """
     directory = model_directory_of(config)
     if config.compute.threads is not None:
@@ -124,6 +126,7 @@ def open_source(
         dtype = choose_dtype(config.compute.dtype, torch.device(device_type), checkpoint.matrix_dtype())
         skeleton = Skeleton(checkpoint, device, dtype)
         require_positions(config.calibration.tokens, skeleton.num_positions, "calibration.tokens")
+        require_prunable(config, skeleton)
         if isinstance(config.calibration.source, WrittenByModel):
             calibration = self_calibration(config, skeleton, progress, stop_asked)
         else:

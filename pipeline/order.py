@@ -51,8 +51,9 @@ def check_divides(
     for linear in linears:
         for num_columns in (left or {}).get(linear.name, linear.weight(block).shape[1:]):
             if isinstance(sparsity, SemiStructured) and not divides(sparsity, num_columns):
+                is_left = linear.name in (left or {})
+                way = f"set `multiple: {sparsity.group}`, or other `heads`" if is_left else "add it to prune.skip"
                 raise ConfigError(
                     f"{linear.name} has {num_columns} input features, not a multiple of the group of "
-                    f"{sparsity.group} in {sparsity}; add it to prune.skip, or use another pattern or an unstructured "
-                    "sparsity"
+                    f"{sparsity.group} in {sparsity}; {way}, or use another pattern or an unstructured sparsity"
                 )

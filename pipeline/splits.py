@@ -66,8 +66,9 @@ class Trials:
 
     @property
     def num_held_out(self) -> int:
-        """Calibration sequences that trials are judged on, the last ones."""
-        return max(1, round(self.step.held_out * self.config.calibration.sequences))
+        """Calibration sequences that trials are judged on, the last ones: one at least, no more than can be spared."""
+        most = self.config.calibration.sequences - self._least_fitted
+        return min(max(1, round(self.step.held_out * self.config.calibration.sequences)), most)
 
     def run_of(self, num_dropped: int, directory: Path) -> RunConfig:
         """Return the run that tries to drop so many blocks; directory: of its tokens, and of its own directory."""
@@ -93,8 +94,13 @@ class Trials:
             ),
         )  # fmt: skip
 
+    @property
+    def _least_fitted(self) -> int:
+        """Sequences that a trial needs: one, and another to judge a recovery by."""
+        return 1 + self.step.needs_targets
+
     def _require_sequences(self) -> None:
-        least = 2 + self.step.needs_targets
+        least = 1 + self._least_fitted
         if self.config.calibration.sequences < least:
             raise ConfigError(
                 f"depth_fraction: auto tries {len(self.splits)} splits on calibration sequences, some of which it "

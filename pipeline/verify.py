@@ -75,7 +75,7 @@ def verify(run_directory: Path, source: Path, progress: Progress) -> Verificatio
         problems = [*_names_and_shapes(output, skeleton, ledger), *_smaller(ledger, dense, skeleton, output)]
         if not problems:
             problems = [
-                *_hashes(ledger, directory),
+                *_hashes(ledger, output),
                 *_whole(ledger, skeleton),
                 *_contents(ledger, skeleton, output, progress),
             ]
@@ -119,7 +119,7 @@ def _smaller(ledger: Ledger, dense: Skeleton, left: Skeleton, output: Checkpoint
     asked_silent = 0 if recipe.shape is None else num_silenced(recipe.shape, dense, recipe.part_removed(target))
     if len(silent) != asked_silent:
         yield f"{len(silent)} attentions are silenced, and {asked_silent} were to be"
-    if left is not dense and output.settings() != left.checkpoint.settings():
+    if output.settings() != left.checkpoint.settings():
         yield "config.json is not the source's with the blocks taken out that are gone, and its neurons and heads"
     if recipe.shape is not None:
         asked = width_left(recipe.shape, dense, gone, recipe.part_removed(target))
@@ -185,13 +185,16 @@ def _changed(skeleton: Skeleton, commit: Commit) -> set[str]:
     return {*masked, *commit.tuned, *remains_of(skeleton, commit).shapes}
 
 
-def _hashes(ledger: Ledger, directory: Path) -> Iterator[str]:
+def _hashes(ledger: Ledger, output: Checkpoint) -> Iterator[str]:
+    """Hold the files that the model is read from against the ledger's receipts: no others, and all as written."""
     receipts = {commit.file: commit.sha256 for commit in ledger.commits.values()}
     outside = ledger.notes.get(OUTSIDE)
     if isinstance(outside, dict):
         receipts[str(outside["file"])] = str(outside["sha256"])
+    for file in sorted(set(output.shard_of.values()) - receipts.keys()):
+        yield f"{file} is what the model is read from, and the ledger knows no such file"
     for file, sha256 in receipts.items():
-        found = hash_file(directory / file)
+        found = hash_file(output.directory / file)
         if found != sha256:
             yield f"{file} has sha256 {found[:12]}…, the ledger says {sha256[:12]}…"
 
@@ -201,6 +204,11 @@ def _whole(ledger: Ledger, skeleton: Skeleton) -> Iterator[str]:
     recipe, asked, by_outliers = _asked(ledger)
     if not recipe.steps:
         return
+    skip: Any = ledger.header.config["prune"]["skip"]  # type: ignore[index,call-overload]  # as `header_of` has it
+    for index, commit in ledger.commits.items():
+        if commit.linears.keys() != (wanted := {n.name for n in find_linears(skeleton.blocks[index], skip)}):
+            odd = ", ".join(sorted(wanted ^ commit.linears.keys()))
+            yield f"block {index}: {odd} pruned though skipped, or not pruned though asked for"
     blocks = [_shapes(skeleton, index, commit) for index, commit in ledger.commits.items()]
     num_pruned = sum(record.pruned for commit in ledger.commits.values() for record in commit.linears.values())
     least, most = num_pruned_within(asked, recipe.steps[0], blocks, by_outliers=by_outliers)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from fractions import Fraction
+from math import floor
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
@@ -58,20 +60,21 @@ def pass_gate(gate: GateConfig, run: RunConfig) -> dict[str, Any]:
 
 
 def _blocks(report: Mapping[str, Any]) -> Iterator[Check]:
-    """Where blocks are gone: whole ones, so that the last of what was asked may stay, or neurons make up for it.
+    """Where blocks are gone: whole ones, so that the last of what was asked may stay, or others make up for it.
 
     How many neurons are left is part of `verify`.
     """
     smaller = report["smaller"]
     if smaller is None:
         return
-    num_blocks, asked = smaller["blocks"]["of"], smaller["asked"]
+    blocks, asked = smaller["blocks"], smaller["asked"]
+    num_blocks, most = blocks["of"], floor(Fraction(repr(asked)) * blocks["of"])
     gone = num_blocks - smaller["num_blocks"]
-    narrow = smaller["blocks"].get("width") is not None
+    rest = "neurons" if blocks.get("width") is not None else "attentions" if "attentions_silenced" in blocks else None
     yield Check(
         name="blocks", value=f"{gone} of {num_blocks} gone",
-        limit=f"{asked:.4%} of them, " + ("with neurons of the others" if narrow else "rounded down"),
-        ok=asked * num_blocks - gone >= 0 and (narrow or asked * num_blocks - gone < 1),
+        limit=f"{asked:.4%} of them, " + (f"with {rest} of the others" if rest else "rounded down"),
+        ok=gone == most or (rest is not None and gone < most),
     )  # fmt: skip
 
 

@@ -34,6 +34,7 @@ from pipeline.planning.pace import Cost, Speeds, costs, probe_speeds
 from pipeline.planning.runs import forward_passes, outside_bytes, planned_scale, trying
 from pipeline.planning.scale import scale_of
 from pipeline.planning.work import weights_of
+from pipeline.prunable import require_prunable
 from pipeline.skeleton import Skeleton
 from pipeline.width import bytes_left, mean_width, part_gone
 
@@ -147,7 +148,8 @@ class Plan:
 
 
 def make_plan(config: RunConfig, directory: Path, speeds: Speeds | None, baseline: int | None = None) -> Plan:
-    """Work out what a run needs; reads headers and config.json, no weight.
+    """Work out what a run needs; reads headers and config.json, no weight. Raises ConfigError where what
+    is asked for cannot be had of this model.
 
     `baseline`: host bytes that the process holds before the run takes any; by default what this one holds now, and
     what it will load yet.
@@ -156,6 +158,7 @@ def make_plan(config: RunConfig, directory: Path, speeds: Speeds | None, baselin
         device = choose_device(config.compute.device)
         dtype = choose_dtype(config.compute.dtype, device, checkpoint.matrix_dtype())
         dense = Skeleton(checkpoint, device, dtype)
+        require_prunable(config, dense)
         skeleton, scale = planned_scale(config, dense)
         shape = config.prune.steps.shape
         held = psutil.Process().memory_info().rss + LATER_BYTES if baseline is None else baseline

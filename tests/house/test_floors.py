@@ -19,8 +19,8 @@ FLOORS = {
     2: "pipeline: calibration checkpoint config hub ledger own_text paging recipe shape shape_record sharing shelf "
     "sources",
     3: "pipeline: activations head_count linears narrower order silencing skeleton splits width zeros",
-    4: "pipeline: assemble begun block_writer cutting importance inputs memory outliers planning prune_block sampler "
-    "remains self_calibration stage stream survey transaction uneven weights workbench",
+    4: "pipeline: assemble begun block_writer cutting importance inputs memory outliers planning prunable prune_block "
+    "remains sampler self_calibration stage stream survey transaction uneven weights workbench",
     5: "pipeline: allocate choose_blocks choose_shape demo_model doctor evaluate greedy_search job looking report run "
     "try_splits verify without_each",
     6: "cluster: cli_shared console credentials job_shape jobs messages package topology",

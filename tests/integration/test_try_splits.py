@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from pipeline.calibration import load_calibration
 from pipeline.config import parse_config
-from pipeline.errors import BudgetExceeded, ConfigError, RunDirectoryError, RunStopped, VerificationError
+from pipeline.errors import BudgetExceeded, ConfigChanged, ConfigError, RunDirectoryError, RunStopped, VerificationError
 from pipeline.progress import Silent
 from pipeline.verify import verify
 from tests.integration.processes import Child, prune_until_spooled, prune_until_write
@@ -139,6 +139,19 @@ def test_a_trial_that_was_stopped_half_way_goes_on_from_there(source: Path, one:
     assert outcome(tmp_path) == outcome(one)
 
 
+@pytest.mark.parametrize("change", [{"sparsity": 0.44}, {"within_block": "sequential"}], ids=str)
+def test_trials_with_other_settings_are_not_taken_for_those_that_are_asked_for(
+    change: dict[str, Any], source: Path, tmp_path: Path
+) -> None:
+    own = settings(source, tmp_path, [{"comp": {"depth_fraction": "auto", "heads": 0.5}}], 0.42)
+    shape = tmp_path / "shape.json"
+    with pytest.raises(RunStopped):
+        carry_out(own, stop=lambda: shape.exists() and "0 blocks go" in shape_of(tmp_path)["measured"])
+    with pytest.raises(ConfigChanged, match=rf"{'part' if 'sparsity' in change else 'within_block'} .*, now "):
+        carry_out(own | {"prune": own["prune"] | change})
+    carry_out(own)
+
+
 def test_what_a_run_with_other_settings_has_left_is_not_gone_on_with(source: Path, one: Path, tmp_path: Path) -> None:
     own = tmp_path / "run"
     carry_out(settings(source, tmp_path / "other", ["wanda"]))
@@ -217,6 +230,34 @@ def test_too_few_sequences_to_hold_some_out_are_refused(
         carry_out(own)
     own["calibration"]["sequences"] = sequences + 1
     carry_out(own)
+
+
+@pytest.mark.parametrize(("sequences", "recovery"), [(3, "mask"), (2, "none")])
+def test_a_trial_has_something_to_learn_from_however_much_is_held_out(
+    sequences: int, recovery: str, source: Path, tmp_path: Path
+) -> None:
+    own = settings(source, tmp_path, [{"comp": {"depth_fraction": "auto", "recovery": recovery, "held_out": 0.9}}], 0.4)
+    own["calibration"]["sequences"] = sequences
+    report = carry_out(own)
+    assert report.smaller is not None
+    assert json.loads(json.dumps(report.smaller.blocks["tried"]))["sequences"] == 1
+
+
+@pytest.mark.parametrize(
+    ("prune", "message"),
+    [
+        ({"skip": ["mlp.down_proj"]}, r"prune\.skip leaves mlp\.down_proj dense, but removing neurons"),
+        ({"skip": ["nothing"]}, r"prune\.skip: 'nothing' matches no linear"),
+        ({"sparsity": "4:8"}, r"mlp\.down_proj has \d+ input features, .*; set `multiple: 8`, or"),
+    ],
+)
+def test_what_cannot_be_pruned_so_is_refused_before_anything_is_tried(
+    prune: dict[str, Any], message: str, source: Path, tmp_path: Path
+) -> None:
+    own = settings(source, tmp_path, THEN_WANDA)
+    with pytest.raises(ConfigError, match=message):
+        carry_out(own | {"prune": own["prune"] | prune})
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
 def test_a_trial_that_does_not_fit_is_refused_as_a_run_is(source: Path, tmp_path: Path) -> None:

@@ -140,6 +140,12 @@ def test_only_what_is_needed_is_gathered(step: Narrowing, kinds: set[type]) -> N
     assert step.needs_targets == (step.recovery != "none")
 
 
+@pytest.mark.parametrize("held_out", [0.6, 0.75, 0.99])
+@pytest.mark.parametrize("num_sequences", [2, 3, 7])
+def test_something_is_always_left_to_learn_from_and_to_judge_by(held_out: float, num_sequences: int) -> None:
+    assert 0 < Comp(held_out=held_out).num_fitted(num_sequences) < num_sequences
+
+
 @pytest.mark.parametrize(("asked", "fitted"), [(1, 1), (2, 1), (8, 7), (16, 14), (100, 88)])
 def test_an_eighth_of_the_sequences_is_held_out_and_one_at_least(asked: int, fitted: int) -> None:
     assert Comp().num_fitted(asked) == fitted

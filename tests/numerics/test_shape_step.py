@@ -21,7 +21,7 @@ def test_blocks_are_counted_exactly_and_rounded_down(num_blocks: int, ratio: str
 
 
 def test_a_part_that_is_no_block_says_which_would_be() -> None:
-    rule = "blocks go whole, and the first and the last stay: 28 of 30 may go; ask for 0.0333 to 0.9333, or mask"
+    rule = "blocks go whole, and the first and the last stay: 28 of 30 may go; ask for 0.0334 to 0.9334, or mask"
     with pytest.raises(ConfigError, match=f"shortgpt is to remove 3.00% of 30 blocks, which is 0 of them; {rule}"):
         ShortGpt().num_dropped(30, Fraction(3, 100))
 

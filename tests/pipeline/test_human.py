@@ -1,8 +1,11 @@
 """Sizes and durations, at the edges of their units."""
 
+from fractions import Fraction
+from math import floor
+
 import pytest
 
-from pipeline.human import human_bytes, human_seconds
+from pipeline.human import human_bytes, human_part, human_seconds
 
 
 @pytest.mark.parametrize(
@@ -18,3 +21,8 @@ def test_a_size_has_three_digits_and_a_unit(count: float, text: str) -> None:
 )
 def test_a_duration_has_the_units_that_matter(seconds: float, text: str) -> None:
     assert human_seconds(seconds) == text
+
+
+@pytest.mark.parametrize("of", range(2, 200))
+def test_a_part_that_is_told_makes_up_for_the_number_that_is_meant(of: int) -> None:
+    assert [floor(Fraction(human_part(number, of)) * of) for number in range(1, of)] == list(range(1, of))

@@ -13,6 +13,11 @@ from pipeline.errors import ConfigError
 from pipeline.methods.step import BlockView
 from pipeline.statistics import relative_error
 
+NONE_HELD_OUT = (
+    "a recovery is judged on sequences held out, and with one sequence of calibration (or one on each replica) there "
+    "is none to hold out; set calibration.sequences to 2 at least for every replica, or `recovery: none`"
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mended:
@@ -59,11 +64,7 @@ class Judge:
         self._block.sum([total_2])
         error, count = total_2.tolist()
         if count == 0:
-            raise ConfigError(
-                "a recovery is judged on sequences held out, and with one sequence of calibration (or one on each "
-                "replica) there is none to hold out; set calibration.sequences to 2 at least for every replica, or "
-                "`recovery: none`"
-            )
+            raise ConfigError(NONE_HELD_OUT)
         self.errors.append(error / count)
         return self.errors[-1]
 

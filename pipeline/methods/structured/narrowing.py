@@ -156,10 +156,10 @@ class Narrowing(SizedStep):
         return {"mask": len(DAMPINGS) + 1, "lstsq": len(DAMPINGS), "bias": 1, "none": 0}[self.recovery]
 
     def num_fitted(self, num_sequences: int) -> int:
-        """Return all, or where there is a recovery to judge all but those held out (one at least, if there are two)."""
+        """Return all, or where there is a recovery to judge all but those held out: of two or more one at the least."""
         if not self.needs_targets or num_sequences < 2:
             return num_sequences
-        return num_sequences - max(1, round(self.held_out * num_sequences))
+        return num_sequences - min(max(1, round(self.held_out * num_sequences)), num_sequences - 1)
 
     def working_bytes(self, shapes: Shapes, groups: Sequence[Sequence[str]], dtype: torch.dtype) -> int:
         """A matrix of the features' pairs, the weights that read them and the best recovery of these, in float64."""

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 
 from pipeline.errors import ConfigError
+from pipeline.human import human_part
 from pipeline.methods.step import Shapes, Step
 from pipeline.methods.structured.depth import num_to_drop
 from pipeline.sparsity import SemiStructured, Sparsity
@@ -66,7 +67,7 @@ class ShapeStep(Step):
         wanted, most = int(ratio * num_blocks), max(0, num_blocks - 2)
         if not 0 < wanted <= most:
             rule = f"blocks go whole, and the first and the last stay: {most} of {num_blocks} may go"
-            way_out = f"; ask for {1 / num_blocks:.4f} to {most / num_blocks:.4f}" if most else ""
+            way_out = f"; ask for {human_part(1, num_blocks)} to {human_part(most, num_blocks)}" if most else ""
             raise ConfigError(
                 f"{self.method} is to remove {float(ratio):.2%} of {num_blocks} blocks, which is {wanted} of them; "
                 f"{rule}{way_out}, or mask weights instead (wanda, besa, …)"

@@ -89,6 +89,20 @@ def test_blocks_may_stay_where_neurons_go(widths: str, tiny: Path, tmp_path: Pat
         pass_gate(gate(verify=False), own)
 
 
+def test_blocks_may_stay_where_attentions_are_silenced_and_no_neurons_go(tiny: Path, tmp_path: Path) -> None:
+    settings = job(tiny, tmp_path / "run", recipe=[{"two_ssp": {"alpha": 100.0}}], sparsity=0.35)
+    carry_out(settings)
+    (blocks, _) = pass_gate(gate(), parse_config(settings, "the test"))["checks"]
+    assert (blocks["value"], blocks["limit"]) == ("0 of 3 gone", "35.0000% of them, with attentions of the others")
+
+
+def test_whole_blocks_are_counted_in_whole_numbers(run: RunConfig) -> None:
+    smaller = {"asked": 0.58, "num_blocks": 21, "blocks": {"of": 50}}  # 0.58 * 50 is 28.999999999999996
+    report(run, smaller=smaller)
+    checks = pass_gate(gate(verify=False), run)["checks"]
+    assert (checks[0]["name"], checks[0]["ok"]) == ("blocks", True)
+
+
 def test_a_limit_that_is_just_met_is_met(run: RunConfig) -> None:
     report(run, perplexity_before=10.0, perplexity_after=20.0)
     pass_gate(gate(perplexity_ratio=2, max_perplexity=20), run)
