@@ -113,8 +113,7 @@ def open_source(
 
     Where the model is to write its calibration text, or blocks are to be dropped, that is settled here, once, in the
     run directory, whose lock the caller holds. prune: carries out a run, where several are tried first. Raises
-    ConfigError before that where what is asked for cannot be had of this model, RunStopped where a stop is asked for
-    meanwhile, and BudgetExceeded where it does not fit.
+    ConfigError before that where this model cannot be pruned as asked, then RunStopped, and BudgetExceeded.
     """
     directory = model_directory_of(config)
     if config.compute.threads is not None:

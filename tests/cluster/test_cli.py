@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import yaml
 from rich.console import Console
 
 from pipeline.errors import RunStopped
+from tests.integration.narrow import exchange
 from tests.integration.support import (
     LENGTH,
     WINDOWS,
@@ -241,12 +243,13 @@ def test_help_names_every_command(call: Call) -> None:
 
 
 def test_a_terminal_gets_its_cursor_back_after_an_error(
-    config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    source: Path, config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("TERM", "xterm")
     shown = io.StringIO()
     monkeypatch.setattr("cluster.cli.console", Console(file=shown, force_terminal=True, width=100))
-    sections = ["--set", "compute.dtype=float16", "--set", "prune.sparsity='3:5'", "--set", "prune.recipe=[wanda]"]
-    assert run_command(["run", config, *sections], monkeypatch) == 1
-    assert "not a multiple of the group of 5" in shown.getvalue()
+    shutil.copytree(source, tmp_path / "broken")
+    exchange(tmp_path / "broken", "model.layers.1.mlp.up_proj.weight", lambda t: t.fill_(float("nan")))
+    assert run_command(["run", config, "--set", f"model={tmp_path / 'broken'}"], monkeypatch) == 1
+    assert "NaN or Inf" in shown.getvalue()
     assert shown.getvalue().rfind("\x1b[?25h") > shown.getvalue().rfind("\x1b[?25l")  # shown after hidden
