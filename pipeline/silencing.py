@@ -24,8 +24,9 @@ def num_silenced(step: ShapeStep, dense: Skeleton, ratio: Fraction) -> int:
     """Return how many attentions are to be silenced, as 2SSP splits what is asked for; 0 for most steps.
 
     ratio: part of all blocks' parameters. The split knows sizes alone: where attentions are large beside the MLPs, they
-    can be more than the ratio. Raises ConfigError for families whose attention is not known, and where
-    there are too few neurons for the rest.
+    can be more than the ratio.
+
+    Raises ConfigError for families whose attention is not known, and where there are too few neurons for the rest.
     """
     if not isinstance(step, TwoSsp):
         return 0

@@ -69,6 +69,7 @@ def _blocks(report: Mapping[str, Any]) -> Iterator[Check]:
         return
     blocks, asked = smaller["blocks"], smaller["asked"]
     num_blocks, most = blocks["of"], floor(Fraction(repr(asked)) * blocks["of"])
+    # `most` is counted from the decimals that were asked for: 0.58 * 50 is less than 29 in floats.
     gone = num_blocks - smaller["num_blocks"]
     rest = "neurons" if blocks.get("width") is not None else "attentions" if "attentions_silenced" in blocks else None
     yield Check(

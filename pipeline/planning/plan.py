@@ -148,8 +148,9 @@ class Plan:
 
 
 def make_plan(config: RunConfig, directory: Path, speeds: Speeds | None, baseline: int | None = None) -> Plan:
-    """Work out what a run needs; reads headers and config.json, no weight. Raises ConfigError where what
-    is asked for cannot be had of this model.
+    """Work out what a run needs; reads headers and config.json, no weight.
+
+    Raises ConfigError where this model cannot be pruned as asked.
 
     `baseline`: host bytes that the process holds before the run takes any; by default what this one holds now, and
     what it will load yet.

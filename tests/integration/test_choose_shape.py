@@ -97,7 +97,10 @@ def test_a_record_of_another_run_is_refused(source: Path, tmp_path: Path) -> Non
     carry_out(own)
     found = (tmp_path / "run" / "shape.json").read_text()
     (tmp_path / "run" / "shape.json").write_text((tmp_path / "other" / "shape.json").read_text())
-    with pytest.raises(ConfigChanged, match=r"shape\.json was found with other settings.*blocks 1, now 2; go back"):
+    with pytest.raises(
+        ConfigChanged,
+        match=r"shape\.json was found with other settings.*: part 0\.2, now 0\.4, blocks 1, now 2; go back",
+    ):
         carry_out(own)
     changed = json.loads(found)
     (tmp_path / "run" / "shape.json").write_text(json.dumps({**changed, "kept": [0, 2, 3, 5], "order": [1, 4]}))

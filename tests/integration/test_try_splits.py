@@ -260,6 +260,23 @@ def test_what_cannot_be_pruned_so_is_refused_before_anything_is_tried(
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
+def test_a_recovery_that_nothing_can_judge_is_refused_before_a_search(source: Path, tmp_path: Path) -> None:
+    own = settings(source, tmp_path, [{"comp": {"depth": "greedy", "depth_fraction": 0.9}}], 0.4)
+    own["calibration"]["sequences"] = 1
+    with pytest.raises(ConfigError, match=r"is none to hold out; set calibration\.sequences to 2 at least"):
+        carry_out(own)
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_the_plan_refuses_what_the_run_would(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, config = settings(source, tmp_path / "run", THEN_WANDA), tmp_path / "job.yaml"
+    config.write_text(json.dumps(own | {"prune": own["prune"] | {"skip": ["mlp.down_proj"]}}))
+    assert run_command(["plan", config], monkeypatch) == 1
+    assert "prune.skip leaves mlp.down_proj dense" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_trial_that_does_not_fit_is_refused_as_a_run_is(source: Path, tmp_path: Path) -> None:
     with pytest.raises(BudgetExceeded, match=r"above memory\.host"):
         carry_out(settings(source, tmp_path, AUTO, 0.4, memory={"host": "20MiB"}))
