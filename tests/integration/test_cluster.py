@@ -10,11 +10,12 @@ import pytest
 
 from pipeline.config import parse_config
 from pipeline.errors import ConfigChanged, ConfigError, RunStopped
-from pipeline.ledger import Ledger
+from pipeline.ledger import LEDGER_NAME, Ledger
 from pipeline.verify import verify
 from tests.bench.handoffs import run_in_stages
 from tests.integration.clusters import (
     BESA_DENSE,
+    Listener,
     alone,
     carry_out_there,
     facts_of,
@@ -189,6 +190,18 @@ def test_what_a_cluster_was_stopped_at_either_finishes(
     carry_out(here)
     carry_out_there(spread(there, stages=2))
     assert outcome(tmp_path / "here") == outcome(tmp_path / "there") == outcome(in_one_process(REBUILT))
+
+
+def test_a_trial_of_a_shape_that_was_cut_short_goes_on_in_a_cluster(
+    source: Path, in_one_process: Callable[[RecipeEntries], Path], tmp_path: Path
+) -> None:
+    begun, trial, listener = alone(source, tmp_path, TRIED), tmp_path / "spool" / "trials.tmp" / "1", Listener()
+    with pytest.raises(RunStopped, match="while splits between blocks and neurons were tried"):
+        carry_out(begun, stop=lambda: (trial / LEDGER_NAME).exists() and committed(trial, 2)())
+    carry_out_there(spread(begun, stages=3), listener)
+    assert "2 of 5 blocks are committed; going on from there" in listener.said
+    assert outcome(tmp_path) == outcome(in_one_process(TRIED))
+    assert not (tmp_path / "spool").exists()
 
 
 def test_a_stage_collects_while_the_one_before_it_propagates(source: Path, tmp_path: Path) -> None:
