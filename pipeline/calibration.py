@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pipeline.errors import CalibrationError
+from pipeline.heap import give_back_freed_memory
 from pipeline.own_text import CalibrationSourceField, WrittenByModel
 from pipeline.sources import (
     Hub,
@@ -100,6 +101,7 @@ def load_calibration(config: CalibrationConfig, tokenizer_directory: Path, vocab
         tokens_NT = _stored_sequences(config, config.source)
     else:
         tokens_NT = _text_sequences(config, config.source, load_tokenizer(tokenizer_directory))
+        give_back_freed_memory()  # a tokenizer at work takes more than a small block
     tokens_NT = tokens_NT.contiguous()
     require_in_vocabulary(tokens_NT, vocab_size, describe(config.source))
     return CalibrationSet(tokens_NT=tokens_NT, sha256=digest(tokens_NT), description=_description(config))

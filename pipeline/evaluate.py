@@ -17,6 +17,7 @@ from pipeline.activations import Boundary
 from pipeline.calibration import load_tokenizer, require_in_vocabulary, require_positions, text_windows
 from pipeline.config import EvaluateConfig
 from pipeline.errors import CalibrationError, NumericsError
+from pipeline.heap import give_back_freed_memory
 from pipeline.inputs import embed_tokens, run_dense_block
 from pipeline.memory import Memory
 from pipeline.progress import Progress, Silent
@@ -52,6 +53,7 @@ def load_windows(config: EvaluateConfig, tokenizer_directory: Path) -> torch.Ten
         text = "\n\n".join(documents(source))
         limit = config.windows if config.take == "first" else None
         windows = text_windows(text, load_tokenizer(tokenizer_directory), length, limit)
+        give_back_freed_memory()
     wanted = config.windows or len(windows)
     if len(windows) < wanted or not len(windows):
         raise CalibrationError(

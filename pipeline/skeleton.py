@@ -145,24 +145,16 @@ class Skeleton:
             _put(module, own, stored, tensor)
 
     def release(self, module: nn.Module, names: Iterable[str]) -> None:
-        """Drop tensors again: parameters go back to the meta device."""
-        for own in names:
-            owner, leaf = _owner(module, own)
-            parameter = owner._parameters.get(leaf)
-            if parameter is not None:
-                owner._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-
-    def release_block(self, index: int) -> None:
-        """Drop one block's parameters; their memory goes back to the system, several small blocks at a time.
-
-        A block that has been reshaped is the dense one again.
-        """
-        self._dropped_bytes += sum(p.nbytes for p in self.blocks[index].parameters() if not p.is_meta)
-        self.release(self.blocks[index], self.block_names(index))
-        self.blocks[index] = self._dense_blocks.pop(index, self.blocks[index])
+        """Drop parameters, which go back to the meta device; their memory goes to the system, small blocks' at once."""
+        self._dropped_bytes += sum(_drop(*_owner(module, own)) for own in names)
         if self._dropped_bytes >= GIVE_BACK_BYTES:
             give_back_freed_memory()
             self._dropped_bytes = 0
+
+    def release_block(self, index: int) -> None:
+        """Drop one block's parameters; one that has been reshaped is the dense one again."""
+        self.release(self.blocks[index], self.block_names(index))
+        self.blocks[index] = self._dense_blocks.pop(index, self.blocks[index])
 
     def _dtype_of(self, owner: nn.Module, leaf: str) -> torch.dtype:
         """Parameters live in the compute dtype, buffers in their own."""
@@ -264,6 +256,15 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, leaf = name.rpartition(".")
     return module.get_submodule(path), leaf
+
+
+def _drop(owner: nn.Module, leaf: str) -> int:
+    """Put a parameter on the meta device; return how many bytes it had elsewhere."""
+    parameter = owner._parameters.get(leaf)
+    if parameter is None or parameter.is_meta:
+        return 0
+    owner._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+    return parameter.nbytes
 
 
 def _tensor(module: nn.Module, own: str) -> torch.Tensor:
