@@ -101,7 +101,7 @@ def load_calibration(config: CalibrationConfig, tokenizer_directory: Path, vocab
         tokens_NT = _stored_sequences(config, config.source)
     else:
         tokens_NT = _text_sequences(config, config.source, load_tokenizer(tokenizer_directory))
-        give_back_freed_memory()  # a tokenizer at work takes more than a small block
+        give_back_freed_memory()  # the tokenizer's, which would count in the plan's baseline
     tokens_NT = tokens_NT.contiguous()
     require_in_vocabulary(tokens_NT, vocab_size, describe(config.source))
     return CalibrationSet(tokens_NT=tokens_NT, sha256=digest(tokens_NT), description=_description(config))

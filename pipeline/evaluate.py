@@ -53,7 +53,7 @@ def load_windows(config: EvaluateConfig, tokenizer_directory: Path) -> torch.Ten
         text = "\n\n".join(documents(source))
         limit = config.windows if config.take == "first" else None
         windows = text_windows(text, load_tokenizer(tokenizer_directory), length, limit)
-        give_back_freed_memory()
+        give_back_freed_memory()  # the tokenizer's: no plan counts it
     wanted = config.windows or len(windows)
     if len(windows) < wanted or not len(windows):
         raise CalibrationError(

@@ -145,7 +145,7 @@ class Skeleton:
             _put(module, own, stored, tensor)
 
     def release(self, module: nn.Module, names: Iterable[str]) -> None:
-        """Drop parameters, which go back to the meta device; their memory goes to the system, small blocks' at once."""
+        """Drop parameters, which go back to the meta device; the system gets their memory, small ones' together."""
         self._dropped_bytes += sum(_drop(*_owner(module, own)) for own in names)
         if self._dropped_bytes >= GIVE_BACK_BYTES:
             give_back_freed_memory()
